@@ -50,7 +50,9 @@ class Registry:
         for value in get_args(cls.model_fields[self.discriminator].annotation):
             known = self._classes.get(value)
             if known is not None and known.__qualname__ != cls.__qualname__:
-                raise ValueError(f"{self.group}.{self.discriminator}={value} is registered twice: {known}, {cls}")
+                raise ValueError(
+                    f"{self.group}.{self.discriminator}={value} is registered twice: {known}, {cls}"
+                )
             self._classes[value] = cls
         return cls
 
@@ -113,7 +115,7 @@ metrics = Registry("metrics")
 
 
 def suggest(given: str, options: Iterable[str]) -> str:
-    """"did you mean 'x'?" where something is near, and always the list of what there is."""
+    """ "did you mean 'x'?" where something is near, and always the list of what there is."""
     options = list(options)
     near = difflib.get_close_matches(given, options, n=1, cutoff=0.6)
     listed = "one of " + ", ".join(options) if options else "there is none"
@@ -133,5 +135,7 @@ def load_plugins(packages: Iterable[str]) -> None:
             importlib.import_module(package)
         except ImportError as error:
             raise UserError(
-                f"plugin '{package}' cannot be imported: {error}", where="plugins", fix="install it or put it on PYTHONPATH"
+                f"plugin '{package}' cannot be imported: {error}",
+                where="plugins",
+                fix="install it or put it on PYTHONPATH",
             ) from error

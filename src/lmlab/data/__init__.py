@@ -1,0 +1,1 @@
+"""From a source to rows of token ids: sources, formats, encoding, shards, packing, order, preview."""

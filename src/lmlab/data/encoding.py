@@ -1,0 +1,184 @@
+"""From a `Document` to token ids and a trained/untrained flag per token.
+
+One tokenizer call per document on the joined text, with offsets: the mask is read off character positions, so no
+merge at the seam of prompt and response can shift it, and no label ever depends on ``== pad_id``. Example: text
+``"Q:ab"`` with ``"ab"`` trained and tokens ``Q``, ``:a``, ``b``: ``:a`` holds a trained character, so it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lmlab.data.formats import SHRINKABLE, BadRecordError, Format, FormatOptions
+from lmlab.records import Document, Record, UserError
+
+Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
+"""``text -> (ids, character offsets)``; a leading BOS, where the model has one, is already there with (0, 0)."""
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """Token ids of one document.
+
+    Attributes:
+        ids: int64 ``[length]``.
+        trained: bool ``[length]``, whether the model is trained to produce that token.
+        offsets: character span of each token; an appended EOS has none.
+        document: what the ids are of (its prompt may be shorter than the record's).
+        truncated: whether anything was cut.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    offsets: list[tuple[int, int]]
+    document: Document
+    truncated: bool = False
+
+    @property
+    def trained_bytes(self) -> int:
+        """UTF-8 bytes of the trained text in ``ids``; a character spread over several tokens counts once."""
+        text = "".join(segment.text for segment in self.document.segments)
+        total, done = 0, 0
+        for (start, end), trained in zip(self.offsets, self.trained, strict=False):
+            if trained and end > done:
+                total += len(text[max(start, done) : end].encode("utf-8"))
+                done = end
+        return total
+
+
+@dataclass(frozen=True)
+class LengthPolicy:
+    """How a document longer than ``max_length`` tokens is handled; ``max_length`` None means no limit."""
+
+    max_length: int | None
+    too_long: str = "truncate_prompt"
+
+
+def encode_document(document: Document, encode: Encode, eos_token_id: int) -> EncodedDocument:
+    """Encode without any length limit; EOS is appended, and trained if the last segment is."""
+    text = "".join(segment.text for segment in document.segments)
+    ids, offsets = encode(text)
+    flags = _trained_flags(document, offsets)
+    if document.ends:
+        ids, flags = [*ids, eos_token_id], np.append(flags, document.segments[-1].trained)
+    return EncodedDocument(np.asarray(ids, dtype=np.int64), flags.astype(bool), offsets, document)
+
+
+def _trained_flags(document: Document, offsets: list[tuple[int, int]]) -> np.ndarray:
+    """A token is trained if it holds at least one trained character. bool ``[tokens]``."""
+    spans, position = [], 0
+    for segment in document.segments:
+        if segment.trained and segment.text:
+            spans.append((position, position + len(segment.text)))
+        position += len(segment.text)
+    edges = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    flags = np.zeros(len(edges), dtype=bool)
+    for start, end in spans:
+        flags |= (edges[:, 1] > start) & (edges[:, 0] < end) & (edges[:, 1] > edges[:, 0])
+    return flags
+
+
+def fit_document(
+    record: Record,
+    format_name: str,
+    format: Format,
+    options: FormatOptions,
+    encode: Encode,
+    *,
+    eos_token_id: int,
+    policy: LengthPolicy,
+) -> EncodedDocument:
+    """Format and encode one record within the length policy.
+
+    Raises:
+        BadRecordError: the record cannot be used (wrong fields), or lost all its trained tokens to the policy.
+        UserError: too long under ``too_long=error``.
+    """
+    whole = encode_document(format(record, options), encode, eos_token_id)
+    limit = policy.max_length
+    if limit is None or len(whole.ids) <= limit:
+        return _with_trained(whole)
+    if policy.too_long == "drop":
+        raise BadRecordError("too long", f"{len(whole.ids)} tokens")
+    if policy.too_long == "error":
+        raise UserError(
+            f"example of {len(whole.ids)} tokens is longer than data.max_length={limit}",
+            where=record.where,
+            fix="raise data.max_length or choose data.too_long=truncate_prompt",
+        )
+    if policy.too_long == "truncate_prompt":
+        for name in SHRINKABLE.get(format_name, ()):
+            column = options.columns.get(name, name)
+            record, fitted = _shrink(
+                record, column, format, options, encode, eos_token_id=eos_token_id, limit=limit
+            )
+            if fitted is not None:
+                return _with_trained(replace(fitted, truncated=True))
+        whole = encode_document(_format_or(whole.document, record, format, options), encode, eos_token_id)
+    return _with_trained(_cut_end(whole, limit))
+
+
+def _format_or(fallback: Document, record: Record, format: Format, options: FormatOptions) -> Document:
+    # A required field shrunk to nothing cannot be formatted any more; then the uncut document is cut at its end.
+    try:
+        return format(record, options)
+    except BadRecordError:
+        return fallback
+
+
+def _shrink(
+    record: Record,
+    column: str,
+    format: Format,
+    options: FormatOptions,
+    encode: Encode,
+    *,
+    eos_token_id: int,
+    limit: int,
+) -> tuple[Record, EncodedDocument | None]:
+    """Cut as few characters as possible from the beginning of one field; (record with it shortest, None) if not enough.
+
+    The number of tokens is nearly monotone in the characters kept, so a binary search finds the cut in some 10 calls.
+    """
+    value = record.fields.get(column)
+    if not isinstance(value, str) or not value:
+        return record, None
+
+    def attempt(kept: int) -> tuple[Record, EncodedDocument | None]:
+        shorter = replace(record, fields={**record.fields, column: value[len(value) - kept :]})
+        try:
+            encoded = encode_document(format(shorter, options), encode, eos_token_id)
+        except BadRecordError:
+            return shorter, None
+        return shorter, encoded if len(encoded.ids) <= limit else None
+
+    shortest = attempt(0)
+    low, high, best = 0, len(value), shortest
+    if shortest[1] is None:
+        shortest = attempt(1)  # a required field may not be empty
+        if shortest[1] is None:
+            return shortest
+        low, best = 1, shortest
+    while high - low > 1:
+        middle = (low + high) // 2
+        candidate = attempt(middle)
+        if candidate[1] is None:
+            high = middle
+        else:
+            low, best = middle, candidate
+    return best
+
+
+def _cut_end(encoded: EncodedDocument, limit: int) -> EncodedDocument:
+    """The first ``limit`` tokens; what is cut is the response's end, and no EOS is put behind the stump."""
+    return replace(encoded, ids=encoded.ids[:limit], trained=encoded.trained[:limit], truncated=True)
+
+
+def _with_trained(encoded: EncodedDocument) -> EncodedDocument:
+    # The first token is never predicted, so a trained flag there alone trains nothing.
+    if not encoded.trained[1:].any():
+        raise BadRecordError("no trained token", f"{len(encoded.ids)} tokens, none of them response")
+    return encoded

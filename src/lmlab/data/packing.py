@@ -1,0 +1,124 @@
+"""Rows of training examples over a shard, and their collation into batches.
+
+Fine-tuning (`DocumentRows`): a row is one document, or with packing as many as fit into ``max_length`` by
+best-fit decreasing (at most 11/9 of the optimal number of rows, Johnson 1973); documents never see one another.
+Pretraining (`StreamRows`): the split is one stream cut into windows that overlap by one token, so that every
+token but the stream's first is predicted exactly once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lmlab.data.shards import Shard
+from lmlab.records import IGNORE_INDEX, Example, PackedBatch
+
+
+class DocumentRows(Dataset[Example]):
+    """Rows of whole documents.
+
+    Args:
+        shard: the split.
+        max_length: capacity of a packed row in tokens.
+        packing: several documents a row; else one.
+    """
+
+    def __init__(self, shard: Shard, *, max_length: int, packing: bool) -> None:
+        self.shard = shard
+        lengths = shard.lengths()
+        self.rows: list[list[int]] = (
+            best_fit(lengths.tolist(), max_length) if packing else [[i] for i in range(len(lengths))]
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        pieces = [self._document(i) for i in self.rows[index]]
+        return Example(
+            torch.cat([ids for ids, _ in pieces]),
+            torch.cat([labels for _, labels in pieces]),
+            tuple(len(ids) for ids, _ in pieces),
+        )
+
+    def _document(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start, end = int(self.shard.offsets[index]), int(self.shard.offsets[index + 1])
+        return shifted(self.shard.tokens[start:end], self.shard.trained[start:end])
+
+
+class StreamRows(Dataset[Example]):
+    """Windows of ``max_length`` tokens over the whole split; the last one may be shorter."""
+
+    def __init__(self, shard: Shard, *, max_length: int) -> None:
+        self.shard, self.max_length = shard, max_length
+
+    def __len__(self) -> int:
+        return -(-(len(self.shard.tokens) - 1) // self.max_length)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = index * self.max_length
+        end = min(start + self.max_length + 1, len(self.shard.tokens))
+        ids, labels = shifted(self.shard.tokens[start:end], self.shard.trained[start:end])
+        return Example(ids, labels, (len(ids),))
+
+
+def shifted(tokens: np.ndarray, trained: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels of one run of tokens; the only place where labels are shifted.
+
+    Tokens ``a b c`` with ``b`` and ``c`` trained give input ``a b`` and labels ``b c``. int64 ``[length - 1]`` each.
+    """
+    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
+    keep = torch.from_numpy(np.asarray(trained[1:], dtype=bool))
+    return ids[:-1], torch.where(keep, ids[1:], IGNORE_INDEX)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of ``lengths`` grouped into rows of at most ``capacity``, longest first, each into the fullest row it fits.
+
+    Deterministic; a length above the capacity gets a row of its own.
+    """
+    rows: list[list[int]] = []
+    free: list[
+        tuple[int, int]
+    ] = []  # (free tokens, -row), sorted; -row makes the oldest row win among equals
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        place = bisect_left(free, (length, -len(rows)))
+        if place == len(free):
+            rows.append([index])
+            insort(free, (max(0, capacity - length), 1 - len(rows)))
+        else:
+            space, row = free.pop(place)
+            rows[-row].append(index)
+            insort(free, (space - length, row))
+    return rows
+
+
+def collate_flat(examples: Sequence[Example]) -> PackedBatch:
+    """All documents of all examples in one row without padding; see `PackedBatch`."""
+    lengths = [n for example in examples for n in example.lengths]
+    ids = torch.cat([example.input_ids for example in examples])
+    labels = torch.cat([example.labels for example in examples])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    index = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+    return PackedBatch(ids[None], labels[None], positions[None], cu_seqlens, index, len(ids))
+
+
+def collate_padded(examples: Sequence[Example]) -> PackedBatch:
+    """Rows of equal width, padded at the right with id 0 and ignored labels; one document a row."""
+    width = max(len(example.input_ids) for example in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.int64)
+    labels = torch.full((len(examples), width), IGNORE_INDEX)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.input_ids)] = example.input_ids
+        labels[row, : len(example.labels)] = example.labels
+    index = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
+    return PackedBatch(ids, labels, None, None, index, sum(len(example.input_ids) for example in examples))

@@ -1,0 +1,237 @@
+"""Batched decoding: prompts in, new token ids out, with one random stream per prompt.
+
+The prompts are left-padded into one batch, read once into the model's own key-value cache, and then every row gets
+one token per forward pass; a row that is finished leaves the batch and the cache. Each row draws with its own
+generator by inverting the cumulative distribution at one uniform number per token, so its text depends on its seed,
+not on its neighbours and not on the global random state, which is never touched. Trade-off against transformers'
+``generate``: none of its other modes (beams, assisted decoding, static cache), in exchange for per-row seeds, per-row
+stop reasons and rows that cost nothing once finished. Neighbours still change matrix shapes, hence the last bits of
+the logits: two tokens tied to within that rounding can swap.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lmlab.generation.samplers import SamplerConfig, draw
+from lmlab.records import RunFailedError, UserError
+
+StopReason = Literal["eos", "length", "context"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was written after one prompt.
+
+    Attributes:
+        token_ids: the new tokens, without the end-of-sequence token.
+        stop_reason: ``eos``; ``length`` (max_new_tokens written); ``context`` (the model's context is full).
+    """
+
+    token_ids: list[int]
+    stop_reason: StopReason
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampler: SamplerConfig,
+    eos_token_ids: Collection[int],
+    seeds: Sequence[int],
+    pad_token_id: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[Generated]:
+    """Continue every prompt, all in one batch, and leave the model and the global random state as they were.
+
+    Args:
+        model: a causal LM called as transformers' are, or a PeftModel around one. Runs in eval mode without
+            gradients; every submodule's training flag is put back afterwards. Autocast is the caller's.
+        prompts: token ids per prompt, of any lengths, each at least one and fewer than the model's context.
+        sampler: how a token is chosen from the logits, which are taken to fp32 first.
+        eos_token_ids: any of these ends a row.
+        seeds: one per prompt; row i draws from ``torch.Generator().manual_seed(seeds[i])``.
+        pad_token_id: fills the left of shorter prompts; never seen by the model's attention.
+        on_token: called as ``on_token(prompt_index, token_id)`` for each new token, for streaming.
+
+    Returns:
+        One `Generated` per prompt, in order; [] for no prompts.
+
+    Raises:
+        UserError: a prompt is empty, or leaves no room in the model's context.
+        RunFailedError: the logits are not finite (the weights have diverged).
+        ValueError: not as many seeds as prompts.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    if not prompts:
+        return []
+    limit = context_length(model)
+    _check_prompts(prompts, limit)
+    rows = []
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        room = sampler.max_new_tokens if limit is None else min(sampler.max_new_tokens, limit - len(prompt))
+        rows.append(_Row(index=i, room=room, generator=torch.Generator().manual_seed(seed)))
+    # no_grad, not inference_mode: a layer may cache a tensor during this forward (rotary tables, a quantizer's
+    # state), and an inference tensor left inside a model that goes on training cannot be saved for backward.
+    with _evaluating(model), torch.no_grad():
+        batch = _Batch(model, prompts, rows=list(rows), pad_token_id=pad_token_id)
+        _write(batch, sampler, eos_token_ids=frozenset(eos_token_ids), on_token=on_token)
+    return [row.result(sampler.max_new_tokens) for row in rows]
+
+
+def context_length(model: nn.Module) -> int | None:
+    """How many positions the model was made for (``max_position_embeddings``), or None if its config has no limit."""
+    config = getattr(_causal_lm(model), "config", None)
+    if config is None:
+        return None
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text_config, "max_position_embeddings", None)
+
+
+@dataclass
+class _Row:
+    """One prompt's state: ``room`` new tokens at most, and what was written so far."""
+
+    index: int
+    room: int
+    generator: torch.Generator
+    new: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def live(self) -> bool:
+        return not self.ended and len(self.new) < self.room
+
+    def result(self, max_new_tokens: int) -> Generated:
+        full: StopReason = "length" if len(self.new) == max_new_tokens else "context"
+        return Generated(self.new, "eos" if self.ended else full)
+
+
+class _Batch:
+    """The rows in flight: ids and mask ``[lines, width]``, left-padded, and the model's cache of all but the last."""
+
+    def __init__(
+        self, model: nn.Module, prompts: Sequence[Sequence[int]], *, rows: list[_Row], pad_token_id: int
+    ) -> None:
+        self.model, self.rows, self.cache = model, rows, None
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for line, prompt in enumerate(prompts):
+            ids[line, width - len(prompt) :] = torch.as_tensor(prompt)
+            mask[line, width - len(prompt) :] = 1
+        device = next(model.parameters(), ids).device
+        self.ids, self.mask = ids.to(device), mask.to(device)
+        self._accepted = inspect.signature(_causal_lm(model).forward).parameters.keys()
+
+    def logits(self) -> torch.Tensor:
+        """One forward pass: fp32 ``[lines, vocab]`` at the last position.
+
+        A model that keeps no ``past_key_values`` (a pure state-space model) reads its whole text anew each time.
+        """
+        fresh = self.ids.shape[1] if self.cache is None else 1
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        optional: dict[str, Any] = {
+            "position_ids": positions[:, -fresh:],
+            "past_key_values": self.cache,
+            "use_cache": "past_key_values" in self._accepted,
+            "logits_to_keep": 1,
+        }
+        output = self.model(
+            input_ids=self.ids[:, -fresh:],
+            attention_mask=self.mask,
+            **{name: value for name, value in optional.items() if name in self._accepted},
+        )
+        self.cache = getattr(output, "past_key_values", None)
+        return output.logits[:, -1].float()
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """Add one token ``[lines]`` to each row; finished rows leave, or stay masked if the cache cannot drop them."""
+        lines = [line for line, row in enumerate(self.rows) if row.live]
+        if len(lines) < len(self.rows) and _can_drop(self.cache):
+            keep = torch.tensor(lines, device=self.ids.device)
+            self.ids, self.mask, tokens = self.ids[keep], self.mask[keep], tokens[keep]
+            self.rows = [self.rows[line] for line in lines]
+            if self.cache is not None:
+                self.cache.reorder_cache(keep)
+        # A masked token does not advance its row's position either, so a row kept past its context stays in range.
+        live = self.mask.new_tensor([[int(row.live)] for row in self.rows])
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self.mask = torch.cat([self.mask, live], dim=1)
+
+
+def _write(
+    batch: _Batch,
+    sampler: SamplerConfig,
+    *,
+    eos_token_ids: frozenset[int],
+    on_token: Callable[[int, int], None] | None,
+) -> None:
+    """Step until every row has ended; the rows collect their tokens."""
+    processors = sampler.processors()
+    while True:
+        scores = processors(batch.ids, batch.logits())  # pyright: ignore[reportArgumentType] - int64, as it wants
+        if not scores.amax(-1).isfinite().all():
+            raise RunFailedError("the logits are not finite while generating: the weights have diverged")
+        tokens = draw(scores, [row.generator for row in batch.rows]) if sampler.draws else scores.argmax(-1)
+        for row, token in zip(batch.rows, tokens.tolist(), strict=True):
+            if not row.live:
+                continue
+            row.ended = token in eos_token_ids
+            if not row.ended:
+                row.new.append(token)
+                if on_token is not None:
+                    on_token(row.index, token)
+        if not any(row.live for row in batch.rows):
+            return
+        batch.append(tokens)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    """Raise UserError for a prompt that cannot be continued."""
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            fix = "give it some text, or the tokenizer's BOS token"
+            raise UserError("the prompt has no tokens", where=f"prompt {i}", fix=fix)
+        if limit is not None and len(prompt) >= limit:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and the model's context is {limit}",
+                where=f"prompt {i}",
+                fix=f"shorten it to at most {limit - 1} tokens, so that one can follow",
+            )
+
+
+def _can_drop(cache: Any) -> bool:
+    """Whether rows can be taken out of ``cache`` (None: there is nothing to take them out of).
+
+    By ``reorder_cache``, an index_select over the batch that every layer type of transformers has; its
+    ``batch_select_indices`` is missing on linear attention and forgets the recurrent half of hybrid layers.
+    """
+    layers = getattr(cache, "layers", ())
+    return cache is None or all(hasattr(part, "reorder_cache") for part in (cache, *layers))
+
+
+def _causal_lm(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile's and PEFT's wrappers: its forward's signature is the real one."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module has its own flag back (a frozen submodule may have been in eval)."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

@@ -1,0 +1,106 @@
+"""What is trained: everything (none), or low-rank updates over a frozen base (lora, qlora), through PEFT.
+
+LoRA: Hu et al. 2021, arXiv 2106.09685 (y = Wx + (alpha / r) B A x, A random, B zero). QLoRA is LoRA over a 4-bit
+base with an 8-bit paged optimizer (arXiv 2305.14314). Files are PEFT's own and load with PEFT alone; beside them lies
+``lmlab.json`` with what PEFT does not record: the base's fingerprint, its quantization and the prompt template.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from lmlab.records import UserError
+from lmlab.registry import Config, adapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class AdapterConfig(Config):
+    """Turns a base model into the model that is trained."""
+
+    kind: str
+
+    @property
+    def freezes_base(self) -> bool:
+        """Whether the base stays as it is (then it may be stored in few bits)."""
+        return True
+
+    def apply(self, model: PreTrainedModel, *, seed: int) -> Any:
+        """The model to train; its trainable parameters are those with ``requires_grad``."""
+        raise NotImplementedError
+
+
+@adapters.register
+class NoAdapter(AdapterConfig):
+    """Full training: every parameter of the base."""
+
+    kind: Literal["none"]
+
+    @property
+    def freezes_base(self) -> bool:
+        return False
+
+    def apply(self, model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
+        model.requires_grad_(True)
+        return model
+
+
+@adapters.register
+class Lora(AdapterConfig):
+    """Low-rank adapters by PEFT.
+
+    Attributes:
+        rank: r, the inner dimension of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the adapter's input, while training.
+        target_modules: ``all-linear`` (every linear layer but the head), or names or a pattern as PEFT takes them.
+    """
+
+    kind: Literal["lora", "qlora"]
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    target_modules: str | list[str]
+
+    def apply(self, model: PreTrainedModel, *, seed: int) -> Any:
+        """Freeze the base and put adapters on it; A is drawn from ``seed``, B is zero, both in fp32.
+
+        Raises:
+            UserError: target_modules matches nothing.
+        """
+        import torch
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number does
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+            task_type=TaskType.CAUSAL_LM,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                return get_peft_model(model, config)
+            except ValueError as error:
+                if "target modules" not in str(error).lower():
+                    raise
+                raise UserError(
+                    f"target_modules={self.target_modules} matches no layer",
+                    where="adapter.target_modules",
+                    fix="use all-linear or names of its linear layers",
+                ) from error
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """(all, trainable) parameters; a 4-bit weight counts its values, not its bytes."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return total, trainable

@@ -1,0 +1,180 @@
+"""Packed attention: documents lie one after another in a flat row and never see one another.
+
+The linear layers of the model then run without any padding. Inside attention, documents of similar length are
+gathered into one right-padded rectangle and go through one causal SDPA call; right padding needs no mask, because
+a causal query never looks to its right. Documents are grouped so that a rectangle is at most `MAX_WASTE` times
+what it holds. Prototype figure (recipes): 2.5 times the speed of padded batches at 8 x 512.
+
+Arguments of an architecture that this function does not honour raise instead of being dropped: an ignored sliding
+window or soft-cap would be silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+NAME = "lmlab_packed"
+MAX_WASTE = 1.25
+FLAT_MODEL_TYPES = frozenset(
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "olmo",
+        "olmo2",
+        "granite",
+        "smollm3",
+        "starcoder2",
+    ]
+)
+"""Architectures compared with one-document-at-a-time runs; all others use padded rows."""
+_HARMLESS = {
+    "position_ids",
+    "use_cache",
+    "is_causal",
+    "output_attentions",
+    "output_hidden_states",
+    "cache_position",
+    "return_dict",
+    "labels",
+}
+
+
+@dataclass(frozen=True)
+class DocumentGroups:
+    """Where the documents of a flat row go for attention.
+
+    Attributes:
+        gather: per rectangle the flat position of each cell, int64 ``[documents, width]``; a padding cell repeats
+            its document's first position.
+        scatter: for each flat position its cell in the concatenated rectangles, int64 ``[tokens]``.
+    """
+
+    gather: tuple[torch.Tensor, ...]
+    scatter: torch.Tensor
+
+
+def document_groups(cu_seqlens: torch.Tensor, device: torch.device | str = "cpu") -> DocumentGroups:
+    """Group the documents of ``cu_seqlens`` (int32 ``[documents + 1]``, on the CPU) into rectangles, longest first."""
+    starts, ends = cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()
+    order = sorted(range(len(starts)), key=lambda i: starts[i] - ends[i])
+    groups: list[list[int]] = []
+    filled = 0
+    for document in order:
+        length = ends[document] - starts[document]
+        width = ends[groups[-1][0]] - starts[groups[-1][0]] if groups else 0
+        if groups and width * (len(groups[-1]) + 1) <= MAX_WASTE * (filled + length):
+            groups[-1].append(document)
+            filled += length
+        else:
+            groups.append([document])
+            filled = length
+    scatter = torch.empty(ends[-1], dtype=torch.int64)
+    gather, cells = [], 0
+    for group in groups:
+        width = ends[group[0]] - starts[group[0]]
+        columns = torch.arange(width)
+        first = torch.tensor([starts[d] for d in group])[:, None]
+        real = columns[None] < torch.tensor([ends[d] - starts[d] for d in group])[:, None]
+        index = torch.where(real, first + columns, first)
+        scatter[index[real]] = (cells + torch.arange(len(group) * width).view(len(group), width))[real]
+        gather.append(index.to(device))
+        cells += index.numel()
+    return DocumentGroups(tuple(gather), scatter.to(device))
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    lmlab_documents: DocumentGroups | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of each document on itself; transformers' attention interface.
+
+    Shapes: query ``[1, heads, tokens, d]``, key and value ``[1, kv_heads, tokens, d]`` -> ``[1, tokens, heads, d_v]``.
+
+    Raises:
+        RuntimeError: no documents were given, or an argument that is not honoured here.
+    """
+    ignored = [name for name, v in kwargs.items() if v is not None and name not in _HARMLESS]
+    if ignored or attention_mask is not None or lmlab_documents is None:
+        raise RuntimeError(
+            f"packed attention cannot honour {ignored or 'an attention mask'} of {type(module).__name__}"
+        )
+    repeat = query.shape[1] // key.shape[1]
+    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [tokens, heads, d]
+    outputs = []
+    for index in lmlab_documents.gather:
+        rows, width = index.shape
+        q, k, v = (
+            t.index_select(0, index.flatten()).view(rows, width, *t.shape[1:]).transpose(1, 2) for t in flat
+        )
+        if repeat > 1:
+            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+        mask = None
+        if sliding_window is not None and sliding_window < width:
+            mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+        outputs.append(out.transpose(1, 2).reshape(rows * width, out.shape[1], out.shape[3]))
+    cells = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return cells.index_select(0, lmlab_documents.scatter)[None], None
+
+
+def supports_flat(config: PretrainedConfig) -> bool:
+    """Whether this architecture may be trained on flat rows; else it gets padded ones."""
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    return (
+        config.model_type in FLAT_MODEL_TYPES
+        and softcap is None
+        and layer_types <= {"full_attention", "sliding_attention"}
+    )
+
+
+@contextmanager
+def attention(model: PreTrainedModel | Any, implementation: str) -> Iterator[None]:
+    """Run a block under another attention implementation (packed for flat rows) and put the old one back."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    old = base.config._attn_implementation
+    if old == implementation:
+        yield
+        return
+    _register()
+    base.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(old)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None  # the documents are in DocumentGroups; a dense mask would cost tokens squared

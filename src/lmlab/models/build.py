@@ -1,0 +1,276 @@
+"""Build a causal LM from a directory, the hub, or from scratch; nothing here quantizes or adapts.
+
+The order is always build -> load weights -> quantize -> adapt. Checks that need no weights (does the directory
+hold a model, does the vocabulary fit) work on the config alone and run before anything is created on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lmlab.records import UserError
+from lmlab.registry import Config, models
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+EMBEDDED = "lmlab:tiny-base"
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
+
+
+class ModelConfig(Config):
+    """Keys every model has.
+
+    Attributes:
+        gradient_checkpointing: recompute activations in the backward pass (less memory, about a third more compute).
+    """
+
+    kind: str
+    gradient_checkpointing: bool
+
+    @property
+    def label(self) -> str:
+        """Short name for tags and tables."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> str | None:
+        """Where weights and tokenizer lie: a local directory or a hub id; None for a scratch model."""
+        return None
+
+    def hf_config(self, vocab_size: int | None) -> PretrainedConfig:
+        """The transformers config; ``vocab_size`` is the tokenizer's, where the model has none of its own."""
+        raise NotImplementedError
+
+
+@models.register
+class Pretrained(ModelConfig):
+    """Any causal LM that transformers can load.
+
+    Attributes:
+        name_or_path: hub id, directory, lmlab run directory (its ``model/``), or ``lmlab:tiny-base``.
+        revision: commit or tag on the hub, or null.
+        trust_remote_code: run Python code that comes with the model; off unless you have read that code.
+    """
+
+    kind: Literal["pretrained"]
+    name_or_path: str
+    revision: str | None
+    trust_remote_code: bool
+
+    @property
+    def label(self) -> str:
+        return "tiny" if self.name_or_path == EMBEDDED else Path(self.name_or_path).name
+
+    @property
+    def source(self) -> str:
+        return resolve_source(self.name_or_path)
+
+    def hf_config(self, vocab_size: int | None) -> PretrainedConfig:
+        """The model's own config.
+
+        Raises:
+            UserError: no such directory, no config in it, not a causal LM, or a hub that does not answer.
+        """
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        source = self.source
+        try:
+            config = AutoConfig.from_pretrained(
+                source, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        except (
+            Exception
+        ) as error:  # OSError, ValueError, KeyError, JSONDecodeError ... all mean: not loadable
+            fix = (
+                "check the name and the network"
+                if not Path(source).exists()
+                else "it needs a config.json that transformers knows"
+            )
+            detail = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"model '{self.name_or_path}' has no usable config: {detail}",
+                where="model.name_or_path",
+                fix=fix,
+            ) from error
+        if not self.trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise UserError(
+                f"'{config.model_type}' is not a causal language model",
+                where="model.name_or_path",
+                fix="choose one that is",
+            )
+        return config
+
+
+@models.register
+class Scratch(ModelConfig):
+    """A randomly initialised model of a transformers architecture.
+
+    Attributes:
+        name: the preset's name, for tags and tables.
+        architecture: transformers' model_type (llama, gpt2, ...).
+        config: that architecture's own config values; vocab_size and special ids come from the tokenizer.
+    """
+
+    kind: Literal["scratch"]
+    name: str
+    architecture: str
+    config: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def hf_config(self, vocab_size: int | None) -> PretrainedConfig:
+        """The config with the tokenizer's vocabulary size.
+
+        Raises:
+            UserError: unknown architecture or values it does not take.
+        """
+        from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if self.architecture not in CONFIG_MAPPING:
+            from lmlab.registry import suggest
+
+            near = suggest(self.architecture, CONFIG_MAPPING.keys()).split("? ")[0]
+            raise UserError(
+                f"unknown architecture '{self.architecture}'", where="model.architecture", fix=near[:80]
+            )
+        values = dict(self.config)
+        if vocab_size is not None:
+            values["vocab_size"] = vocab_size
+        try:
+            return AutoConfig.for_model(self.architecture, **values)
+        except Exception as error:
+            raise UserError(
+                f"{self.architecture} refuses this config: {error}",
+                where="model.config",
+                fix="mend the values",
+            ) from error
+
+
+def resolve_source(name_or_path: str) -> str:
+    """A directory's absolute path, or the hub id as it is.
+
+    Raises:
+        UserError: it looks like a local path and is not there, or is a directory without a model.
+    """
+    if name_or_path == EMBEDDED:
+        path = ASSETS / "tiny-base"
+    else:
+        path = Path(name_or_path).expanduser()
+        looks_local = name_or_path.startswith((".", "/", "~")) or path.exists() or len(path.parts) > 2
+        if not looks_local:
+            return name_or_path
+    if not path.is_dir():
+        raise UserError(
+            f"no such model directory: {name_or_path}",
+            where="model.name_or_path",
+            fix="give a directory or a hub id",
+        )
+    if not (path / "config.json").is_file():
+        if (path / "model" / "config.json").is_file():
+            path = path / "model"
+        elif (path / "adapter_config.json").is_file() or (path / "adapter").is_dir():
+            raise UserError(
+                f"{name_or_path} holds an adapter, not a model",
+                where="model.name_or_path",
+                fix="name its base, or export it merged first",
+            )
+        else:
+            raise UserError(
+                f"no config.json in {name_or_path}",
+                where="model.name_or_path",
+                fix="give a directory in Hugging Face layout",
+            )
+    return str(path.resolve())
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence the model's positions reach, or None where it has no such limit."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
+def build_model(
+    model_config: ModelConfig,
+    hf_config: PretrainedConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
+    """Weights in memory: loaded from the source, or drawn from ``seed`` for a scratch model.
+
+    Args:
+        dtype: floating type of all weights after loading.
+        device: where they go; under DDP each rank passes its own (never a device_map).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if isinstance(model_config, Pretrained):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_config.source,
+                config=hf_config,
+                revision=model_config.revision,
+                trust_remote_code=model_config.trust_remote_code,
+                dtype=dtype,
+                attn_implementation=None if _lacks_sdpa(hf_config) else "sdpa",
+                use_safetensors=True,  # never unpickle a downloaded file
+            )
+        except OSError as error:
+            detail = str(error).strip().splitlines()[0][:200]
+            raise UserError(
+                f"weights of '{model_config.name_or_path}' cannot be loaded: {detail}",
+                where="model.name_or_path",
+            ) from error
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(hf_config).to(dtype)
+    model.to(device)
+    if model_config.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def _lacks_sdpa(config: PretrainedConfig) -> bool:
+    # Gemma 2 and gpt-oss need soft-capping or sinks, which SDPA cannot do: leave the choice to transformers.
+    return config.model_type in ("gemma2", "gpt_oss")
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Non-reentrant checkpointing: works with frozen embeddings and under DDP (`use_reentrant=True` does neither)."""
+    arguments = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
+def base_fingerprint(model: PreTrainedModel) -> dict[str, str]:
+    """What an adapter remembers of its base: a hash of the config and of a few weights, before quantization.
+
+    The tensors are the input embedding, the first and the last floating parameter, each by its first 4,096 values.
+    """
+    config = {
+        k: v
+        for k, v in model.config.to_dict().items()
+        if k not in ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    }
+    digest = hashlib.sha256()
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    for tensor in (model.get_input_embeddings().weight, parameters[0], parameters[-1]):
+        digest.update(tensor.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+    return {
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "tensors": digest.hexdigest()[:16],
+    }

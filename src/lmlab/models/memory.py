@@ -1,0 +1,90 @@
+"""How much memory each phase of a run took.
+
+On a GPU: the peak of torch's allocator since the phase began. On a CPU: the process's peak resident set, which Linux
+keeps as VmHWM and resets when ``5`` is written to /proc/self/clear_refs; where that is not possible the resident set
+at the phase's end is reported instead. GB are 10^9 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PHASES = ("load", "forward", "backward", "optimizer", "eval", "generate")
+
+
+class MemoryMeter:
+    """Peaks per phase since the last `read`; a phase is entered by `start` and lasts until the next one.
+
+    Args:
+        on_cuda: measure torch's CUDA allocator instead of the process.
+    """
+
+    def __init__(self, *, on_cuda: bool) -> None:
+        self.on_cuda = on_cuda
+        self._peaks: dict[str, float] = {}
+        self._phase: str | None = None
+
+    def start(self, phase: str | None) -> None:
+        """End the current phase and begin ``phase`` (None: nothing is measured)."""
+        if self._phase is not None:
+            self._peaks[self._phase] = max(self._peaks.get(self._phase, 0.0), self._peak())
+        self._phase = phase
+        if phase is not None:
+            self._reset()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure a block as ``name``; afterwards the phase before goes on."""
+        before = self._phase
+        self.start(name)
+        try:
+            yield
+        finally:
+            self.start(before)
+
+    def read(self) -> dict[str, float]:
+        """``memory/<phase>/peak_gb`` of the phases ended since the last call, and the memory in use now."""
+        values = {f"memory/{phase}/peak_gb": peak for phase, peak in self._peaks.items()}
+        self._peaks = {}
+        values["memory/rss_gb"] = _status_gb("VmRSS")
+        if self.on_cuda:
+            import torch
+
+            values["memory/vram_allocated_gb"] = torch.cuda.memory_allocated() / 1e9
+            values["memory/vram_reserved_gb"] = torch.cuda.memory_reserved() / 1e9
+        return values
+
+    def _peak(self) -> float:
+        if self.on_cuda:
+            import torch
+
+            return torch.cuda.max_memory_allocated() / 1e9
+        return _status_gb("VmHWM") or _status_gb("VmRSS")
+
+    def _reset(self) -> None:
+        if self.on_cuda:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # not Linux, or not allowed: VmHWM then is the peak of the whole process
+
+
+def _status_gb(field: str) -> float:
+    """A field of /proc/self/status in GB; elsewhere the peak resident set by `resource`."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024 / 1e9
+    except OSError:
+        pass
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
