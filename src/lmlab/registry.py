@@ -60,6 +60,10 @@ class Registry:
         """The values of the discriminator known so far, sorted."""
         return sorted(self._classes)
 
+    def class_of(self, name: str) -> type[Config]:
+        """The class registered under ``name``; KeyError if there is none."""
+        return self._classes[name]
+
     def union(self) -> Any:
         """The discriminated union of everything registered, as a type pydantic can validate against."""
         classes = tuple(dict.fromkeys(self._classes.values()))

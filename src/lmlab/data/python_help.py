@@ -3,9 +3,9 @@
 Two sources, both only parsed and never imported (an import of `turtle` or `antigravity` does things): the topics
 of `pydoc_data`, read as a literal, and the docstrings of the standard library, read with `ast`. A docstring that
 several modules carry is kept once, and topics that quote each other share a group, so that a split by group never
-validates on a passage that was trained. On 3.11: 465,000 + 1.77 million characters, 8,600 triples.
-Trade-off: parsing 724 files takes some 4 s, once per process, where a stored copy would be instant but of some other Python;
-`version_key` hashes the sources without parsing them (0.1 s), so a cache keyed by it seldom pays that.
+validates on a passage that was trained. On 3.11: 465,000 + 1.76 million characters, 8,500 triples.
+Trade-off: parsing 724 files takes 2-4 s, once per process, where a stored copy would be instant but describe
+some other Python; `version_key` hashes the sources without parsing, so a cache keyed by it seldom pays that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from types import MappingProxyType
 
 from lmlab.records import Record, UserError
 
+FORMAT_VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+"""Changes with this file, so that no cache outlives a change of what is made from the documentation."""
 SKIPPED = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "pgen2", "__pycache__", "lib-dynload"}
 )
@@ -64,10 +66,6 @@ class Entry:
         return not any(part.startswith("_") for part in f"{self.module}.{self.qualname}".split("."))
 
 
-def _stdlib() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 @lru_cache(maxsize=1)
 def _sources() -> tuple[tuple[str, bytes], ...]:
     """(dotted module name, source) of every standard library module, sorted by path.
@@ -76,14 +74,15 @@ def _sources() -> tuple[tuple[str, bytes], ...]:
         UserError: this Python ships its library without sources.
     """
     found = []
-    for path in sorted(_stdlib().rglob("*.py")):
-        relative = path.relative_to(_stdlib())
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
         if SKIPPED.isdisjoint(relative.parts) and not path.name.startswith("_sysconfigdata"):
             module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
             found.append((module, path.read_bytes()))
     if not any(module.startswith("pydoc_data") for module, _ in found):
         raise UserError(
-            f"this Python has no library sources or no pydoc topics in {_stdlib()}",
+            f"this Python has no library sources or no pydoc topics in {root}",
             where="data=python_help",
             fix="install its full standard library, or use data=skills or data=text",
         )
@@ -91,8 +90,8 @@ def _sources() -> tuple[tuple[str, bytes], ...]:
 
 
 def version_key() -> str:
-    """``3.11.7-<16 hex digits>``: the Python's version and a hash over the sources read and this module's own."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
+    """``3.11.7-<16 hex digits>``: the Python's version and a hash over the sources read and FORMAT_VERSION."""
+    digest = hashlib.sha256(FORMAT_VERSION.encode())
     for module, source in _sources():
         digest.update(f"\0{module}\0{len(source)}\0".encode())
         digest.update(source)
@@ -226,6 +225,17 @@ def summary(doc: str) -> str | None:
     return text if len(text.split()) >= 3 and not text.endswith("..") else None
 
 
+def _parameter_names(call: str) -> str:
+    """``(a: int, *, b=1)`` -> ``a, *, b``."""
+    function = ast.parse(f"def f{call}: pass").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    for argument in ast.walk(function.args):
+        if isinstance(argument, ast.arg):
+            argument.annotation = None
+    function.args.defaults, function.args.kw_defaults = [], [None] * len(function.args.kwonlyargs)
+    return ast.unparse(function.args)
+
+
 def _facts(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
     """(kind, instruction, input, output) of everything an entry can teach."""
     path, told = f"{entry.module}.{entry.qualname}".rstrip("."), summary(entry.doc)
@@ -238,12 +248,8 @@ def _facts(entry: Entry) -> Iterator[tuple[str, str, str, str]]:
         yield "signature", "Write the signature.", f"{entry.name}: {told}", entry.name + call
         yield "name", f"Name the {entry.kind}.", told, entry.name
     if call:
-        arguments = ast.parse(f"def f{call}: pass").body[0].args  # type: ignore[attr-defined]
-        for argument in ast.walk(arguments):
-            if isinstance(argument, ast.arg):
-                argument.annotation = None
-        arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
-        if (names := ast.unparse(arguments)) and names != entry.signature:  # else it would be a mere copy
+        names = _parameter_names(call)
+        if names and names != entry.signature:  # else it would be a mere copy
             yield "parameters", "List the parameters.", f"def {entry.name}{call}", names
     if entry.kind == "method":
         yield "class_of", "Which class has this method?", path + call, entry.qualname.split(".")[-2]
@@ -276,7 +282,7 @@ def _triples() -> tuple[tuple[Entry, str, str, str], ...]:
 
 
 def triples() -> list[Record]:
-    """Instruction, input and output, some 8,600, about the public names; grouped by module like `texts`."""
+    """Instruction, input and output, some 8,500, about the public names; grouped by module like `texts`."""
     return [
         Record(
             {"instruction": instruction, "input": given, "output": output},

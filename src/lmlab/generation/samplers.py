@@ -87,7 +87,7 @@ def draw(scores: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.T
 
     uniform = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])
     cumulative = scores.double().softmax(-1).cumsum(-1)
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     # right=True finds the first entry strictly above the target: one that adds nothing to the sum is passed over.
     token = torch.searchsorted(cumulative, uniform.to(total.device) * total, right=True)
     # The product can round up to the total itself; the first entry that reaches it is the last with any weight.

@@ -153,20 +153,32 @@ def supports_flat(config: PretrainedConfig) -> bool:
     )
 
 
+def use_packed_attention(model: PreTrainedModel | Any) -> None:
+    """Switch a model to flat rows for good; generation switches back for its own time by `attention`."""
+    _set(model, NAME)
+
+
 @contextmanager
 def attention(model: PreTrainedModel | Any, implementation: str) -> Iterator[None]:
-    """Run a block under another attention implementation (packed for flat rows) and put the old one back."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    old = base.config._attn_implementation
+    """Run a block under another attention implementation and put the old one back."""
+    old = _base(model).config._attn_implementation
     if old == implementation:
         yield
         return
-    _register()
-    base.set_attn_implementation(implementation)
+    _set(model, implementation)
     try:
         yield
     finally:
-        base.set_attn_implementation(old)
+        _set(model, old)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _set(model: Any, implementation: str) -> None:
+    _register()
+    _base(model).set_attn_implementation(implementation)
 
 
 def _register() -> None:

@@ -7,14 +7,13 @@ the whole optimizer step (training/modules.py), never here.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from lmlab.models.attention import NAME, attention, document_groups
+from lmlab.models.attention import document_groups
 from lmlab.records import PackedBatch
 from lmlab.registry import Config, losses
 
@@ -73,11 +72,3 @@ def supervised_logits(model: torch.nn.Module | Any, batch: PackedBatch) -> Super
         lmlab_documents=documents,
     )
     return Supervised(output.logits[0].float(), labels)
-
-
-def layout(model: Any, batch: PackedBatch) -> Any:
-    """Context in which ``model`` can run ``batch``: packed attention for flat rows, its own otherwise.
-
-    It must stay open until the backward pass is over: with checkpointing, layers run again then.
-    """
-    return nullcontext() if batch.cu_seqlens is None else attention(model, NAME)

@@ -78,13 +78,17 @@ class Panel:
 
 def short(value: float) -> str:
     """A number as people read it: grouped thousands, four digits, no trailing noise."""
-    if isinstance(value, int) or (value == int(value) if math.isfinite(value) else False):
-        return f"{int(value):,}" if abs(value) < 1e15 else f"{value:.3e}"
+    if isinstance(value, int):
+        return f"{value:,}"
     if not math.isfinite(value):
         return str(value)
+    if value == int(value):
+        return f"{int(value):,}" if abs(value) < 1e15 else f"{value:.3e}"
     if abs(value) >= 1000:
         return f"{value:,.0f}" if abs(value) < 1e15 else f"{value:.3e}"
-    return f"{value:.4g}" if abs(value) >= 1e-3 else f"{value:.2e}"
+    if abs(value) >= 1e-3:
+        return f"{value:.4g}"
+    return re.sub(r"\.?0*e-0*", "e-", f"{value:.2e}")
 
 
 def number(value: Any) -> float | None:
@@ -195,16 +199,19 @@ def draw(panel: Panel) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": panel.key, "text.parse_math": False, "font.size": 9,
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": panel.key, "text.parse_math": False, "font.size": 10,
                 "axes.unicode_minus": True, "path.simplify": False}  # fmt: skip
     with matplotlib.rc_context(settings):
         height = 0.55 + 0.34 * len(panel.bars) if panel.bars else 2.9
-        figure = Figure(figsize=(5.2, height), layout="constrained")
+        figure = Figure(figsize=(4.7, height), layout="constrained")
         axes = figure.add_subplot()
         _dress(axes, bars=bool(panel.bars))
         (_draw_bars if panel.bars else _draw_lines)(axes, panel)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, labelcolor=_FG,
+        handles = sorted(
+            zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] == "planned"
+        )
+        if handles:
+            axes.legend(*zip(*handles, strict=True), loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if panel.bars else 2, markerscale=0.6 if panel.bars else 1, frameon=False, labelcolor=_FG,
                         borderaxespad=0.2, handlelength=1.4, columnspacing=1.2)  # fmt: skip
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
@@ -227,7 +234,7 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
 
     looks: dict[str, dict[str, Any]] = {
         "plain": {"linewidth": 1.6},
-        "faint": {"linewidth": 0.8, "alpha": 0.45},
+        "faint": {"linewidth": 0.9, "alpha": 0.55},
         "marked": {"linewidth": 1.4, "marker": "o", "markersize": 4},
         "dashed": {"linewidth": 1.2, "linestyle": (0, (4, 3))},
     }
@@ -259,8 +266,8 @@ def _draw_bars(axes: Axes, panel: Panel) -> None:
         (bar.planned, place) for place, bar in zip(places, panel.bars, strict=True) if bar.planned is not None
     ]
     if planned:
-        axes.plot([value for value, _ in planned], [place for _, place in planned], "|", markersize=15,
-                  markeredgewidth=2.2, color=_LINE[1], label="planned")  # fmt: skip
+        axes.plot([value for value, _ in planned], [place for _, place in planned], "|", markersize=21,
+                  markeredgewidth=2, color=_FG, label="planned")  # fmt: skip
     reach = max([bar.value for bar in panel.bars] + [value for value, _ in planned if value]) or 1.0
     for place, bar in zip(places, panel.bars, strict=True):
         at = max(bar.value, bar.planned or 0.0) + reach * 0.02

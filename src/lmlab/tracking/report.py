@@ -11,10 +11,13 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import jinja2
+from markupsafe import Markup
 
 from lmlab.records import UserError
 from lmlab.tracking import plots
@@ -142,7 +145,7 @@ def _read_lines(run: RunFiles, name: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and abs(row["step"]) < 2**53:
             rows.append(row)
         else:
             bad.append(place)
@@ -171,6 +174,11 @@ def shown(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     return short(value) if isinstance(value, (int, float)) else str(value)
+
+
+def _as_written(value: Any) -> str:
+    """A value for looking up and copying: a seed or hash must not be rounded or grouped."""
+    return "–" if value is None or value == "" else shown(value) if isinstance(value, bool) else str(value)
 
 
 def visible(text: Any) -> str:
@@ -213,9 +221,8 @@ def status(run: RunFiles) -> dict[str, str]:
 def key_figures(run: RunFiles) -> list[Tile]:
     """The tiles at the top; one that has no data is left out."""
     flat = flatten(run.summary)
-    get = {name: plots.series(run.metrics, name) for row in run.metrics for name in row}.get
     tiles: list[Tile] = []
-    best, losses = plots.best_validation(run.metrics), get("val/loss") or {}
+    best, losses = plots.best_validation(run.metrics), plots.series(run.metrics, "val/loss")
     if best:
         start = f", from {short(losses[0])} at step 0" if 0 in losses else ""
         tiles.append(Tile("Best val/loss", short(best[1]), f"at step {best[0]:,}{start}"))
@@ -224,13 +231,13 @@ def key_figures(run: RunFiles) -> list[Tile]:
         tiles.append(
             Tile("val/loss", short(value), f"at step {step:,}, before any training" if step == 0 else "")
         )
-    if train := list((get("train/loss") or {}).items()):
+    if train := list(plots.series(run.metrics, "train/loss").items()):
         recent = [value for _, value in train[-10:]]
         note = f"at step {train[-1][0]:,}; mean of the last {len(recent)} log points {short(statistics.mean(recent))}"
         tiles.append(Tile("Final train/loss", short(train[-1][1]), note))
     for label, name in (("Bits per byte", "val/bits_per_byte"), ("Perplexity", "val/perplexity"),
                         ("Exact match", "val/exact_match")):  # fmt: skip
-        if values := get(name) or {}:
+        if values := plots.series(run.metrics, name):
             at = best[0] if best and best[0] in values else max(values)
             form = (lambda v: f"{v:.1%}") if name == "val/exact_match" else short
             start = f", from {form(values[0])} at step 0" if 0 in values and at else ""
@@ -262,8 +269,102 @@ def _cost_figures(run: RunFiles, flat: Mapping[str, Any]) -> list[Tile]:
         size = plots.number(flat.get("model/base_bytes", ""))
         note = f"the base is stored in {short(size / 1e6)} MB" if size else ""
         tiles.append(Tile("Bits per base parameter", short(bits), note))
-    if times := [t for row in run.metrics if (t := plots.number(row.get("time", ""))) is not None]:
+    times = [plots.number(row.get("time", "")) for row in run.metrics]
+    if times := [time for time in times if time is not None and math.isfinite(time)]:
         tokens = plots.series(run.metrics, "train/tokens")
         note = f"{short(max(tokens.values()))} tokens trained on" if tokens else ""
         tiles.append(Tile("Time to the last log point", _duration(max(times)), note))
     return tiles
+
+
+def sample_groups(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Samples by prompt: the rows of the newest step, and those of the earlier steps, newest first."""
+    by_prompt: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in samples:
+        by_prompt.setdefault((str(row.get("prompt_id", "")), str(row.get("prompt", ""))), []).append(row)
+    groups = []
+    for (prompt_id, prompt), rows in by_prompt.items():
+        steps = sorted({row["step"] for row in rows}, reverse=True)
+        earlier = steps[1:]
+        if len(earlier) > EARLIER_STEPS:
+            stride = (len(earlier) - 1) / (EARLIER_STEPS - 1)
+            earlier = [earlier[round(place * stride)] for place in range(EARLIER_STEPS)]
+        groups.append({
+            "id": prompt_id, "prompt": prompt, "step": steps[0], "left_out": len(steps) - 1 - len(earlier),
+            "newest": [row for row in rows if row["step"] == steps[0]],
+            "earlier": [row for step in earlier for row in rows if row["step"] == step], "earlier_steps": earlier,
+        })  # fmt: skip
+    return groups
+
+
+def _aligned(value: float) -> str:
+    """A measured value for a column: always four digits, so that the eye can compare them."""
+    return f"{value:#.4g}" if abs(value) < 1000 else short(value)
+
+
+def validations(run: RunFiles) -> dict[str, Any]:
+    """The validation metrics as a table: the numbers behind the curve, for reading and copying."""
+    names = [name for row in run.metrics for name in row if name.startswith("val/")]
+    columns = {name: plots.series(run.metrics, name) for name in dict.fromkeys(names)}
+    columns = {name: points for name, points in columns.items() if points}
+    best = plots.best_validation(run.metrics)
+    steps = sorted({step for points in columns.values() for step in points})
+    rows = [
+        (step, [_aligned(points[step]) if step in points else "–" for points in columns.values()])
+        for step in steps
+    ]
+    return {"columns": list(columns), "rows": rows, "best": best[0] if best else None}
+
+
+def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The data report as name, value and, for counts, their share of the records read or of the tokens."""
+    read, tokens = (plots.number(data.get(name, "")) or math.nan for name in ("records_read", "tokens"))
+    rows = []
+    for name, value in flatten(data).items():
+        whole, of = (tokens, "the tokens") if name == "supervised_tokens" else (read, "those read")
+        counted = name == "supervised_tokens" or (name.startswith("records_") and name != "records_read")
+        ratio = (plots.number(value) or 0.0) / whole if counted and isinstance(value, int) else math.nan
+        share = f"{ratio:.1%} of {of}" if math.isfinite(ratio) else ""
+        rows.append((name.replace("records_dropped/", "records_dropped: "), shown(value), share))
+    return rows
+
+
+def _draw_all(run: RunFiles) -> tuple[list[tuple[plots.Panel, Markup]], list[str]]:
+    """The plots as markup, and a sentence for each that could not be drawn."""
+    drawn, failures = [], []
+    for panel in plots.panels(run.metrics, flatten(run.summary)):
+        try:
+            drawn.append((panel, Markup(plots.draw(panel))))
+        # Values such as 1e308 overflow inside matplotlib; the page must come out anyway.
+        except Exception as error:
+            failures.append(f"The plot '{panel.title}' could not be drawn: {type(error).__name__}: {error}.")
+    return drawn, failures
+
+
+def render(run: RunFiles) -> str:
+    """The page as one string."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(visible=visible, shown=shown)
+    argv = run.run.get("argv")
+    drawn, undrawn = _draw_all(run)
+    return environment.get_template("report.html.jinja").render(
+        name=run.directory.resolve().name,
+        command=" ".join(map(str, argv)) if isinstance(argv, list) else str(argv or ""),
+        status=status(run),
+        tiles=key_figures(run),
+        notices=run.notices + undrawn,
+        missing=run.missing,
+        panels=drawn,
+        validation=validations(run),
+        samples=sample_groups(run.samples),
+        data=_data_rows(run.data),
+        preview=run.preview,
+        config=run.config,
+        summary=[
+            (name, _as_written(value)) for name, value in flatten(run.summary).items() if name != "traceback"
+        ],
+        environment=[(name, _as_written(value)) for name, value in flatten(run.run).items()],
+    )

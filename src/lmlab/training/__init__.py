@@ -1,0 +1,1 @@
+"""The loop: Lightning modules, data module, callbacks, checkpoints. The only package that imports Lightning."""

@@ -1,0 +1,139 @@
+"""The whole run as one frozen object. Hydra composes it, pydantic checks it here, nothing below changes it.
+
+The open groups (adapter, data, sampler, ...) are discriminated unions over whatever is registered, plugins
+included, so the class is built when it is needed. Rules that concern several keys are in `check_rules`, in one
+place, each with its remedy.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, create_model
+
+from lmlab import registry
+from lmlab.data.sources import DataConfig
+from lmlab.evaluation.text import MetricConfig
+from lmlab.generation.samplers import SamplerConfig
+from lmlab.models.adapters import AdapterConfig
+from lmlab.models.build import ModelConfig, Scratch
+from lmlab.models.head import LossConfig
+from lmlab.models.quantize import QuantConfig
+from lmlab.records import RefusedError, UserError
+from lmlab.registry import Config
+from lmlab.tokenizers.load import BPETokenizer, FileTokenizer, FromModelTokenizer
+from lmlab.tracking.wandb import LoggerConfig
+from lmlab.training.options import CallbackConfig, CheckpointConfig, OptimConfig, SamplesConfig, TrainerConfig
+
+
+class LauncherConfig(Config):
+    """How a multirun starts its jobs: ``jobs`` at a time, each a fresh process group."""
+
+    jobs: int = Field(ge=1)
+
+
+class RunConfig(Config):
+    """Everything a run depends on. Field by field: the groups of conf/."""
+
+    task: Literal["sft", "pretrain"]
+    run_name: str | None
+    seed: int = Field(ge=0, lt=2**32)
+    output_root: str
+    resume: str | None
+    overwrite: bool
+    plugins: list[str]
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: FromModelTokenizer | FileTokenizer | BPETokenizer
+    adapter: AdapterConfig
+    quant: QuantConfig
+    optim: OptimConfig
+    loss: LossConfig
+    sampler: SamplerConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    samples: SamplesConfig
+    samplers: dict[str, SamplerConfig]
+    logger: LoggerConfig
+    callbacks: dict[str, CallbackConfig]
+    metrics: dict[str, MetricConfig]
+    launcher: LauncherConfig
+
+
+def run_config_class() -> type[RunConfig]:
+    """`RunConfig` with every open field narrowed to the union of the classes registered by now."""
+    unions: dict[str, Any] = {
+        "model": registry.models.union(),
+        "data": registry.data_sources.union(),
+        "tokenizer": registry.tokenizers.union(),
+        "adapter": registry.adapters.union(),
+        "quant": registry.quants.union(),
+        "optim": registry.optimizers.union(),
+        "loss": registry.losses.union(),
+        "sampler": registry.samplers.union(),
+        "samplers": dict[str, registry.samplers.union()],
+        "callbacks": dict[str, registry.callbacks.union()],
+        "metrics": dict[str, registry.metrics.union()],
+    }
+    return create_model("RunConfig", __base__=RunConfig, **{name: (union, ...) for name, union in unions.items()})
+
+
+def check_rules(config: RunConfig) -> None:
+    """Rules over several keys.
+
+    Raises:
+        RefusedError: a combination that cannot train.
+        UserError: any other contradiction.
+    """
+    _check_adapter_and_quant(config)
+    trainer = config.trainer
+    if (trainer.max_steps is None) == (trainer.max_epochs is None):
+        raise UserError(
+            f"trainer.max_steps={trainer.max_steps} and trainer.max_epochs={trainer.max_epochs}",
+            where="trainer",
+            fix="give one of the two and null for the other",
+        )
+    if isinstance(config.model, Scratch) and config.tokenizer.kind == "from_model":
+        raise UserError("a model from scratch brings no tokenizer", where="tokenizer", fix="use tokenizer=bpe or tokenizer=file")
+    if not isinstance(config.model, Scratch) and config.tokenizer.kind == "bpe":
+        raise UserError("a pretrained model cannot take a new vocabulary", where="tokenizer", fix="use tokenizer=from_model")
+    if trainer.precision == "fp16" and trainer.accelerator == "cpu":
+        raise UserError("trainer.precision=fp16 on a CPU", where="trainer.precision", fix="use bf16 or fp32 there")
+
+
+def _check_adapter_and_quant(config: RunConfig) -> None:
+    adapter, quant = config.adapter.kind, config.quant.kind
+    if adapter == "qlora" and quant not in ("nf4", "fp4"):
+        raise RefusedError(f"adapter=qlora over quant={quant}", where="quant", fix="use quant=nf4 or quant=fp4, or adapter=lora")
+    if config.adapter.freezes_base or quant == "none":
+        return
+    if quant in ("fp16", "bf16"):
+        if _gpu_wanted(config):
+            return  # means mixed training there; `mixed_precision_instead` says so
+        raise RefusedError(
+            f"adapter=none with quant={quant}: a trainable base keeps fp32 weights",
+            where="quant",
+            fix=f"use quant=none trainer.precision=bf16 for mixed 16-bit training, or adapter=lora quant={quant}",
+        )
+    raise RefusedError(
+        f"adapter=none with quant={quant}: {quant} weights cannot be trained",
+        where="quant",
+        fix=f"use adapter={'qlora' if quant in ('nf4', 'fp4') else 'lora'} quant={quant}, or quant=none",
+    )
+
+
+def _gpu_wanted(config: RunConfig) -> bool:
+    import torch
+
+    return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def mixed_precision_instead(config: RunConfig) -> str | None:
+    """On a GPU ``adapter=none quant=fp16|bf16`` means mixed-precision training; that precision, else None."""
+    quantized = config.quant.kind in ("fp16", "bf16") and not config.adapter.freezes_base
+    return config.quant.kind if quantized and _gpu_wanted(config) else None
+
+
+def world_size(config: RunConfig) -> int:
+    """Ranks of the run."""
+    return config.trainer.devices * config.trainer.num_nodes

@@ -1,0 +1,210 @@
+"""A run's directory: made once, locked, and filled line by line with what is true about the run.
+
+metrics.jsonl and samples.jsonl are flushed at every line, so a killed run keeps what it logged; W&B only mirrors them.
+JSON files appear by rename, never half-written. Run names come from one safe alphabet and stay under the output root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from lmlab.records import Sample, UserError
+
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")
+
+
+def slug(text: str, *, max_length: int = 80) -> str:
+    """``text`` in the safe alphabet; what does not fit becomes ``-``."""
+    cleaned = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).strip("-.")
+    return cleaned[:max_length].rstrip("-.,") or "run"
+
+
+def check_run_name(name: str) -> str:
+    """``name`` if it is safe as a folder name.
+
+    Raises:
+        UserError: it has characters outside the alphabet, is too long, or would leave the output root.
+    """
+    if not SAFE_NAME.fullmatch(name) or ".." in name:
+        raise UserError(
+            f"'{name[:80]}' is not a run name", where="run_name", fix="1 to 128 of A-Z a-z 0-9 . _ = , + - beginning with a letter or digit"
+        )
+    return name
+
+
+class RunDir:
+    """Paths of one run's directory (design: files of a run).
+
+    Args:
+        path: the directory, which `create` makes.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).absolute()
+
+    def __getattr__(self, name: str) -> Path:
+        names = {
+            "config": "config.yaml",
+            "info": "run.json",
+            "metrics": "metrics.jsonl",
+            "samples": "samples.jsonl",
+            "summary": "summary.json",
+            "data_report": "data_report.json",
+            "mask_preview": "mask_preview.txt",
+            "checkpoints": "checkpoints",
+            "best": "best",
+            "base": "base",
+            "tokenizer": "tokenizer",
+            "report": "report.html",
+            "lock": ".lock",
+        }
+        if name in names:
+            return self.path / names[name]
+        raise AttributeError(name)
+
+    def check_free(self, *, overwrite: bool, resume: bool) -> None:
+        """Refuse before anything is created.
+
+        Raises:
+            UserError: the directory exists and neither overwrite nor resume was asked for, another process is
+                writing to it, or its place cannot be written to.
+        """
+        if self.path.exists() and any(self.path.iterdir()):
+            holder = self._holder()
+            if holder:
+                raise UserError(f"another run is writing here ({holder})", where=str(self.path), fix="wait for it, or choose another run_name")
+            if overwrite and not self.config.exists() and not self.info.exists():
+                raise UserError("not a run directory, so not overwritten", where=str(self.path), fix="choose another run_name or output_root")
+            if not overwrite and not resume:
+                raise UserError(
+                    "this run directory already exists", where=str(self.path), fix="choose another run_name, or resume=auto, or overwrite=true"
+                )
+        parent = next((p for p in self.path.parents if p.exists()), None)
+        if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError("the output directory cannot be written to", where=str(parent or self.path), fix="choose another output_root")
+
+    def create(self, *, overwrite: bool, resume: bool) -> None:
+        """Make the directory and take its lock; with ``overwrite`` an old run's files are removed first."""
+        self.check_free(overwrite=overwrite, resume=resume)
+        if overwrite and not resume and self.path.exists():
+            shutil.rmtree(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run directory cannot be made: {error.strerror}", where=str(self.path), fix="choose another output_root") from error
+        self.take_lock()
+
+    def take_lock(self) -> None:
+        """Lock for this process; the lock of a process that no longer lives on this host is taken over."""
+        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
+        for _ in range(2):
+            try:
+                descriptor = os.open(self.lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                holder = self._holder()
+                if holder:
+                    raise UserError(
+                        f"another run is writing here ({holder})", where=str(self.path), fix="wait for it, or choose another run_name"
+                    ) from None
+                self.lock.unlink(missing_ok=True)
+                continue
+            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(content)
+            return
+        raise UserError("the lock is fought over", where=str(self.path), fix="choose another run_name")
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self.lock.unlink(missing_ok=True)
+
+    def _holder(self) -> str | None:
+        """Host and pid of a living process that holds the lock, else None."""
+        try:
+            held = json.loads(self.lock.read_text(encoding="utf-8"))
+            host, pid = str(held["host"]), int(held["pid"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if pid == os.getpid() and host == socket.gethostname():
+            return None
+        if host == socket.gethostname():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return None
+            except PermissionError:
+                pass
+        return f"pid {pid} on {host}"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file by rename in the same folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, {} if it is not there or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class Journal:
+    """Appends to metrics.jsonl and samples.jsonl, one flushed line per log point or sample.
+
+    Args:
+        run: the run's directory.
+        start_time: monotonic time that the ``time`` field counts from.
+    """
+
+    def __init__(self, run: RunDir, *, start_time: float | None = None) -> None:
+        self.start_time = time.monotonic() if start_time is None else start_time
+        self._metrics: TextIO = run.metrics.open("a", encoding="utf-8")
+        self._samples: TextIO = run.samples.open("a", encoding="utf-8")
+        self.latest: dict[str, float] = {}
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics; a non-finite number is written as a string, as JSON has none."""
+        self.latest.update(values)
+        plain = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
+        self._write(self._metrics, {"step": step, "time": round(time.monotonic() - self.start_time, 3), **plain})
+
+    def sample(self, sample: Sample) -> None:
+        """One line of samples.jsonl."""
+        self._write(self._samples, sample.row())
+
+    def _write(self, stream: TextIO, row: dict[str, Any]) -> None:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        stream.flush()
+
+    def forget_after(self, step: int) -> None:
+        """Remove the lines of steps a resumed run will do again, so that no step stands there twice."""
+        for stream in (self._metrics, self._samples):
+            path = Path(stream.name)
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+            stream.truncate(0)
+            stream.write("".join(kept))
+            stream.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        with contextlib.suppress(OSError):
+            self._metrics.close()
+            self._samples.close()

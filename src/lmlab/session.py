@@ -1,0 +1,458 @@
+"""One rank's training session: everything built from a frozen config, trained, and written down."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lmlab.config.schema import RunConfig, mixed_precision_instead, world_size
+from lmlab.data.formats import render_prompt
+from lmlab.data.prepare import PreparedData
+from lmlab.journal import Journal, RunDir, read_json, write_json
+from lmlab.records import Sample
+
+
+class Session:
+    """Builds and runs; `close` is called whatever happened.
+
+    Args:
+        run: the run's directory, made by start.py.
+        config: its frozen config.
+        started: monotonic time of the process's start.
+    """
+
+    def __init__(self, run: RunDir, config: RunConfig, *, started: float) -> None:
+        self.run, self.config = run, config
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.console = Console(soft_wrap=False)
+        self.tracker: Any = None
+        self.figures: dict[str, Any] = {}
+        self.samples: list[Sample] = []
+        self._speeds: list[float] = []
+        self._peak_gb = 0.0
+        self.journal: Journal | None = None
+        if self.rank == 0:
+            write_json(run.summary, {"status": "running", "exit_code": None})
+            self.journal = Journal(run, start_time=started)
+
+    def say(self, text: str) -> None:
+        """A line on the first rank's console."""
+        if self.rank == 0:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    # --- the log ------------------------------------------------------------------------------------------------
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """To the journal first, then to the mirror."""
+        if self.journal is None:
+            return
+        self.journal.log(step, values)
+        if self.tracker is not None:
+            self.tracker.log(step, values)
+        if "perf/tokens_per_second" in values:
+            self._speeds.append(values["perf/tokens_per_second"])
+        peaks = [v for k, v in values.items() if k.startswith("memory/") and k.endswith("_gb")]
+        self._peak_gb = max([self._peak_gb, *peaks])
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """To samples.jsonl and the mirror's table."""
+        self.samples = list(samples)
+        if self.journal is None:
+            return
+        for sample in samples:
+            self.journal.sample(sample)
+        if self.tracker is not None:
+            self.tracker.samples(step, samples)
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def train(self) -> int:
+        """Build everything, fit, and return the exit code."""
+        import torch
+
+        from lmlab.models.hardware import choose_hardware
+        from lmlab.models.memory import MemoryMeter
+
+        config = self.config
+        prepared = PreparedData.load(Path(read_json(self.run.info)["prepared"]))
+        precision = mixed_precision_instead(config) or config.trainer.precision
+        hardware = choose_hardware(config.trainer.accelerator, precision)
+        torch.manual_seed(config.seed + self.rank)
+        meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
+        built = build_trained_model(self.run, config, hardware, stream=prepared.meta["stream"], meter=meter, say=self.say)
+        self.figures.update(built.figures)
+        self._open_tracker()
+        max_steps = config.trainer.steps(len(prepared.rows("train")))
+        self._print_start(built, prepared, hardware, max_steps)
+        if self.rank == 0:
+            self.log(0, meter.read())
+        return self._fit(built, prepared, hardware, meter, max_steps)
+
+    def _fit(self, built: Any, prepared: PreparedData, hardware: Any, meter: Any, max_steps: int) -> int:
+        from lmlab.models.flops import step_flops
+        from lmlab.training import fit as fitting
+        from lmlab.training.callbacks import GracefulStop, RunLog, SampleGrid
+        from lmlab.training.checkpoint import Checkpoints
+        from lmlab.training.console import Progress
+        from lmlab.training.datamodule import LMDataModule
+        from lmlab.training.modules import PretrainModule, SFTModule, Validation
+
+        config, meta = self.config, prepared.meta
+        asked = meta["val_prompts"] if meta["format"] != "text" else []
+        validation = Validation(
+            supervised_bytes=meta["report"]["val"]["supervised_bytes"],
+            prompts=[p["prompt"] for p in asked],
+            references=[p["response"] for p in asked],
+            metrics=config.metrics,
+            generator=built.generator,
+            sampler=config.sampler,
+        )
+        kind = PretrainModule if config.task == "pretrain" else SFTModule
+        module = kind(
+            built.model,
+            loss=config.loss,
+            optim=built.optim,
+            max_steps=max_steps,
+            validation=validation,
+            meter=meter,
+            on_nonfinite=config.trainer.on_nonfinite,
+        )
+        datamodule = LMDataModule(prepared, config.trainer, seed=config.seed, flat=built.flat)
+        checkpoints = Checkpoints(
+            self.run,
+            config.checkpoint,
+            save_weights=built.save_weights,
+            max_steps=max_steps,
+            val_every_n_steps=config.trainer.val_every_n_steps,
+        )
+        stop = GracefulStop(save=checkpoints.save)
+        progress = Progress(self.console, max_steps=max_steps, active=self.rank == 0)
+        flops = step_flops(built.model, checkpointing=config.model.gradient_checkpointing)
+        log = RunLog(config.trainer, log=self.log, progress=progress, flops=flops, meter=meter)
+        prompts = sample_prompts(config, prepared)
+        samples = SampleGrid(
+            built.generator,
+            prompts=prompts,
+            grid={name: config.samplers[name] for name in config.samples.grid},
+            seed=config.samples.seed,
+            every_n_steps=config.samples.every_n_steps,
+            max_steps=max_steps,
+            log=self.log_samples,
+            meter=meter,
+        )
+        extra = [callback.build() for callback in config.callbacks.values()]
+        callbacks = fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra)
+        trainer = fitting.build_trainer(
+            config.trainer, hardware, max_steps=max_steps, callbacks=callbacks, root=self.run.path, world_size=world_size(config)
+        )
+        result = fitting.fit(trainer, module, datamodule, checkpoints=checkpoints, stop=stop, resume_from=self._resume_from())
+        self.figures.update({"steps": result.steps, "best/val_loss": result.best_loss, "best/step": result.best_step})
+        if module.skipped_steps:
+            self.figures["skipped_steps"] = module.skipped_steps
+        return 0 if result.signal is None else 128 + result.signal
+
+    def _resume_from(self) -> Path | None:
+        from lmlab.training.checkpoint import newest_checkpoint, verify_checkpoint
+
+        if self.config.resume is None:
+            return None
+        if self.config.resume == "auto":
+            found = newest_checkpoint(self.run.checkpoints)
+            self.say(f"resuming from {found}" if found else "nothing to resume from: starting at step 0")
+        else:
+            found = Path(self.config.resume)
+            verify_checkpoint(found)
+        if found and self.journal is not None:
+            self.journal.forget_after(int(read_json(found / "manifest.json")["step"]))
+        return found
+
+    def _open_tracker(self) -> None:
+        if self.rank != 0:
+            return
+        from lmlab.tracking.wandb import WandbTracker
+
+        config = self.config
+        self.tracker = WandbTracker(
+            config.logger,
+            run_dir=self.run.path,
+            settings=config.model_dump(mode="json"),
+            tags=[f"adapter:{config.adapter.kind}", f"quant:{config.quant.kind}", f"model:{config.model.label}"],
+            job_type=config.task,
+            say=self.say,
+        )
+
+    def _print_start(self, built: Any, prepared: PreparedData, hardware: Any, max_steps: int) -> None:
+        if self.rank != 0:
+            return
+        config, report = self.config, prepared.meta["report"]
+        figures = self.figures
+        trained = figures["model/params_trainable"] / figures["model/params_total"]
+        dropped = sum(report["records_dropped"].values())
+        notes = [f"{dropped} dropped" if dropped else "", f"{report['records_truncated']} truncated" if report["records_truncated"] else ""]
+        rows = [
+            ("task", f"{config.task}, seed {config.seed}"),
+            ("model", f"{config.model.label}: {figures['model/params_total']:,} parameters, {figures['model/params_trainable']:,} trained ({trained:.2%})"),
+            ("adapter", f"{config.adapter.kind} over {config.quant.kind} ({figures['model/base_bits_per_param']:.2f} bits per parameter)"),
+            (
+                "data",
+                f"{config.data.kind} as {prepared.meta['format']}: {report['train']['records']:,} + {report['val']['records']:,} validation records, "
+                f"{report['tokens']:,} tokens, {report['supervised_tokens'] / max(1, report['tokens']):.0%} trained"
+                + "".join(f", {note}" for note in notes if note),
+            ),
+            (
+                "steps",
+                f"{max_steps} of {config.trainer.rows_per_step} {'windows' if prepared.meta['stream'] else 'examples'}"
+                + (f" ({world_size(config)} ranks)" if world_size(config) > 1 else ""),
+            ),
+            ("compute", f"{hardware.device.type}, {hardware.precision} ({hardware.reason}), {built.optim.name} lr {built.optim.lr:g} {built.optim.schedule}"),
+            ("layout", "flat rows, packed attention" if built.flat else "rectangular rows"),
+            ("output", os.path.relpath(self.run.path)),
+        ]
+        table = Table(show_header=False, box=None, pad_edge=False)
+        table.add_column(style="bold")
+        table.add_column(overflow="fold")
+        for name, value in rows:
+            table.add_row(name, value)
+        self.console.print(table, highlight=False)
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def close(self, code: int, reason: str) -> None:
+        """summary.json, the mirror's end, report.html, and what to type next; never raises."""
+        if self.rank != 0:
+            return
+        status = "finished" if code == 0 else "interrupted" if code in (130, 143) else "failed"
+        latest = dict(self.journal.latest) if self.journal is not None else {}
+        summary: dict[str, Any] = {"status": status, "exit_code": code, **({"error": reason} if reason else {}), **self.figures}
+        summary.update({f"final/{name}": value for name, value in latest.items()})
+        if self._speeds:
+            summary["perf/tokens_per_second_median"] = statistics.median(self._speeds)
+        summary["memory/peak_gb"] = self._peak_gb
+        write_json(self.run.summary, summary)
+        if self.journal is not None:
+            self.journal.close()
+        self._print_samples()
+        if self.tracker is not None:
+            self.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+            self.tracker.finish(code)
+        self._report()
+        self._print_end(status, summary)
+
+    def _report(self) -> None:
+        try:
+            from lmlab.tracking.report import write_report
+
+            write_report(self.run.path)
+        except Exception as error:  # a page that cannot be drawn must not turn a finished run into a failed one
+            self.say(f"warning: report.html was not written: {type(error).__name__}: {error}")
+
+    def _print_samples(self) -> None:
+        if not self.samples:
+            return
+        table = Table(title=f"samples at step {self.samples[0].step}", show_lines=True)
+        for column in ("prompt", "sampler", "text"):
+            table.add_column(column, overflow="fold")
+        for sample in self.samples:
+            table.add_row(*(_escape(_clip(t)) for t in (sample.prompt, sample.sampler, sample.text)))
+        self.console.print(table, highlight=False)
+
+    def _print_end(self, status: str, summary: Mapping[str, Any]) -> None:
+        best, step = summary.get("best/val_loss"), summary.get("best/step")
+        if best is not None:
+            self.say(f"{status}: best val/loss {best:.4f} at step {step}, peak memory {self._peak_gb:.2f} GB")
+        where = os.path.relpath(self.run.path)
+        made = "model" if self.config.adapter.kind == "none" else "adapter"
+        if (self.run.path / made).exists():
+            self.say(f"weights: {where}/{made} (best: {where}/best/{made})")
+            self.say(f"try it: python scripts/generate.py {where} --prompt '...'")
+        if self.run.report.exists():
+            self.say(f"report: {where}/report.html")
+
+
+class BuiltModel:
+    """What `build_trained_model` made: the model to train and what goes with it."""
+
+    def __init__(
+        self, model: Any, *, flat: bool, optim: Any, generator: Any, save_weights: Callable[[Path], None], figures: dict[str, Any]
+    ) -> None:
+        self.model, self.flat, self.optim, self.generator = model, flat, optim, generator
+        self.save_weights, self.figures = save_weights, figures
+
+
+def build_trained_model(run: RunDir, config: RunConfig, hardware: Any, *, stream: bool, meter: Any, say: Callable[[str], None]) -> BuiltModel:
+    """Build -> load weights -> quantize -> adapt, on this rank's own device."""
+    from lmlab.models.adapters import count_parameters
+    from lmlab.models.attention import supports_flat, use_packed_attention
+    from lmlab.models.build import Scratch, base_fingerprint, build_model
+    from lmlab.models.quantize import linear_storage, stored_bytes
+    from lmlab.tokenizers.load import load_tokenizer
+
+    meter.start("load")
+    tokenizer = load_tokenizer(run.tokenizer)
+    hf_config = config.model.hf_config(len(tokenizer))
+    model = build_model(config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device)
+    base_path, fingerprint = config.model.source, None
+    if config.adapter.freezes_base:
+        fingerprint = base_fingerprint(model)
+        if isinstance(config.model, Scratch):  # an adapter is worth nothing without the base it was trained on
+            base_path = str(run.base)
+            if int(os.environ.get("RANK", "0")) == 0:
+                model.save_pretrained(run.base)
+                tokenizer.save_pretrained(run.base)
+        config.quant.apply(model, compute_dtype=hardware.compute_dtype)
+    elif mixed_precision_instead(config):
+        say(f"adapter=none with quant={config.quant.kind} trains fp32 weights in {hardware.precision} mixed precision")
+    storage = linear_storage(model)
+    params = sum(layer.shape[0] * layer.shape[1] for layer in storage)
+    figures: dict[str, Any] = {
+        "model/base_bytes": stored_bytes(model),
+        "model/base_bits_per_param": sum(layer.bits for layer in storage) / max(1, params),
+    }
+    generation_config = getattr(model, "generation_config", None)
+    model = config.adapter.apply(model, seed=config.seed)
+    flat = supports_flat(hf_config) and not stream  # a stream's rows have one width: nothing to pack
+    if flat:
+        use_packed_attention(model)
+    total, trainable = count_parameters(model)
+    figures.update({"model/params_total": total, "model/params_trainable": trainable})
+    model.to(hardware.device)
+    meter.start(None)
+    info = weights_info(run, config, fingerprint)
+    return BuiltModel(
+        model,
+        flat=flat,
+        optim=_effective_optim(config, hardware, say),
+        generator=_text_generator(model, tokenizer, hardware, generation_config),
+        save_weights=lambda folder: save_weights(model, tokenizer, folder, base_path=base_path, info=info),
+        figures=figures,
+    )
+
+
+def _effective_optim(config: RunConfig, hardware: Any, say: Callable[[str], None]) -> Any:
+    """QLoRA on a GPU takes the paged 8-bit AdamW in place of AdamW, as in its paper; said, not silent."""
+    if config.adapter.kind == "qlora" and hardware.device.type == "cuda" and config.optim.name == "adamw":
+        say("adapter=qlora on a GPU: paged 8-bit AdamW in place of AdamW (optim.name=adamw8bit or sgd to choose another)")
+        return config.optim.model_copy(update={"name": "paged_adamw8bit"})
+    return config.optim
+
+
+def _text_generator(model: Any, tokenizer: Any, hardware: Any, generation_config: Any) -> Any:
+    import torch
+
+    from lmlab.generation.text import TextGenerator
+    from lmlab.models.attention import attention
+    from lmlab.tokenizers.load import adds_bos, encode_document
+
+    add_bos = adds_bos(tokenizer)
+    eos = {tokenizer.eos_token_id}
+    configured = getattr(generation_config, "eos_token_id", None)
+    eos.update([configured] if isinstance(configured, int) else configured or [])
+
+    @contextmanager
+    def around() -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(attention(model, "sdpa"))
+            if hardware.precision != "fp32":
+                stack.enter_context(torch.autocast(hardware.device.type, dtype=hardware.compute_dtype))
+            yield
+
+    return TextGenerator(
+        model,
+        encode=lambda text: list(encode_document(tokenizer, text, add_bos=add_bos)[0]),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        eos_token_ids=eos - {None},
+        around=around,
+    )
+
+
+def weights_info(run: RunDir, config: RunConfig, fingerprint: dict[str, str] | None) -> dict[str, Any]:
+    """What stands in lmlab.json beside saved weights: enough to use them as they were trained."""
+    meta = PreparedData.load(Path(read_json(run.info)["prepared"])).meta
+    return {
+        "task": config.task,
+        "format": meta["format"],
+        "template": meta["template"],
+        "base": None if config.model.source is None else config.model.source,
+        "base_fingerprint": fingerprint,
+        "quant": config.quant.model_dump(mode="json"),
+        "sampler": config.sampler.model_dump(mode="json"),
+        "run": run.path.name,
+    }
+
+
+def save_weights(model: Any, tokenizer: Any, folder: Path, *, base_path: str | None, info: dict[str, Any]) -> None:
+    """``folder/adapter`` (loads with PEFT alone) or ``folder/model`` (loads with transformers alone), by rename."""
+    is_adapter = hasattr(model, "peft_config")
+    target = folder / ("adapter" if is_adapter else "model")
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if is_adapter:
+        for peft_config in model.peft_config.values():
+            peft_config.base_model_name_or_path = base_path
+        model.save_pretrained(temporary, save_embedding_layers=False)
+    else:
+        model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    write_json(temporary / "lmlab.json", info)
+    old = folder / f".{target.name}.{os.getpid()}.old"
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sample_prompts(config: RunConfig, prepared: PreparedData) -> list[tuple[str, str]]:
+    """(what a person reads, what the model is given) for the sample grid; own prompts go through the template."""
+    chosen, meta = config.samples.prompts, prepared.meta
+    if isinstance(chosen, int):
+        return [(_shown(p["prompt"], meta["template"]), p["prompt"]) for p in meta["val_prompts"][:chosen]]
+    template = meta["template"]
+    return [(text, render_prompt(template, text) if template else text) for text in chosen]
+
+
+def _shown(prompt: str, template: str | None) -> str:
+    """A prompt without its template's headings, for tables."""
+    if template is None:
+        return prompt
+    lines = [line for line in prompt.splitlines() if line.strip() and not line.startswith(("### ", "Below is"))]
+    return "\n".join(lines) or prompt
+
+
+def _clip(text: str, length: int = 300) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware for run.json; nothing from the environment variables."""
+    from importlib.metadata import version
+
+    names = ("lightning", "hydra-core", "omegaconf", "torch", "transformers", "peft", "bitsandbytes", "wandb", "torchmetrics", "pydantic", "datasets", "tokenizers")
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except Exception:
+            versions[name] = "absent"
+    return {"versions": versions, "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": _gpus()}}
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

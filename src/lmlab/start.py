@@ -1,0 +1,212 @@
+"""The front door: compose -> validate -> prepare -> run directory -> start.
+
+Everything a user can get wrong is found before anything is created on disk: the output place, the model's config, the
+tokenizer, the vocabulary, the data. What was prepared lies in the cache, keyed by content; the run directory gets the
+frozen config and the reports, and `lmlab.worker` takes it from there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lmlab.config.compose import dump_yaml, fingerprint, to_run_config
+from lmlab.config.schema import RunConfig
+from lmlab.data.prepare import PreparedData, TextEncoder, prepare, training_texts
+from lmlab.data.sources import cache_root
+from lmlab.journal import RunDir, check_run_name, slug, write_json
+from lmlab.records import UserError
+
+UNNAMED = ("run_name", "output_root", "overwrite", "resume", "hydra.", "logger.", "launcher.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start: nothing of it is on disk yet but cached data.
+
+    Attributes:
+        config: validated, with its run_name.
+        run: its directory, not made yet.
+        prepared: the data set.
+        tokenizer: the tokenizer's folder in the cache.
+    """
+
+    config: RunConfig
+    run: RunDir
+    prepared: PreparedData
+    tokenizer: Path
+
+
+def start(composed: Any, overrides: list[str]) -> int:
+    """One run from a composed config."""
+    config = to_run_config(composed)
+    plan = plan_run(config, overrides)
+    create_run(plan, overrides)
+    from lmlab.worker import launch
+
+    try:
+        return launch(plan.run, plan.config)
+    finally:
+        plan.run.release()
+
+
+def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None = None) -> Plan:
+    """The preflight.
+
+    Args:
+        folder: of the run, where a multirun decides it; else ``output_root/task/run_name``.
+
+    Raises:
+        UserError: whatever would stop the run later, if it can be known now.
+    """
+    if config.resume is not None and config.run_name is None:
+        raise UserError("resume needs the run's name", where="run_name", fix="add run_name=... of the run to go on with")
+    name = check_run_name(config.run_name or run_name(overrides))
+    run = RunDir(folder if folder is not None else Path(config.output_root) / config.task / name)
+    run.check_free(overwrite=config.overwrite, resume=config.resume is not None)
+    config = config.model_copy(update={"run_name": name})
+    tokenizer_folder, encoder, size = prepare_tokenizer(config)
+    _check_model(config, size)
+    prepared = prepare(config.data, encoder, task=config.task)
+    return Plan(config, run, prepared, tokenizer_folder)
+
+
+def run_name(overrides: Sequence[str]) -> str:
+    """A slug of the overrides and a short id, so that two starts in one second differ."""
+    told = [o for o in overrides if not o.lstrip("+~").startswith(UNNAMED)]
+    parts = []
+    for override in told:
+        key, _, value = override.lstrip("+~").partition("=")
+        parts.append(f"{key.rsplit('.', 1)[-1]}={Path(value).name if '/' in value else value}")
+    return f"{slug('-'.join(parts), max_length=60) if parts else 'default'}-{secrets.token_hex(3)}"
+
+
+def _check_model(config: RunConfig, tokenizer_size: int) -> None:
+    from lmlab.models.build import context_length
+    from lmlab.tokenizers.load import check_vocabulary, load_tokenizer
+
+    hf_config = config.model.hf_config(tokenizer_size)
+    limit = context_length(hf_config)
+    if limit is not None and config.data.max_length > limit:
+        raise UserError(
+            f"data.max_length={config.data.max_length} is beyond the model's context of {limit}", where="data.max_length", fix=f"at most {limit}"
+        )
+    if config.tokenizer.kind != "bpe":
+        tokenizer = load_tokenizer(_tokenizer_source(config))
+        check_vocabulary(tokenizer, hf_config.get_text_config().vocab_size, where=f"model {config.model.label}")
+
+
+def _tokenizer_source(config: RunConfig) -> str:
+    if config.tokenizer.kind == "file":
+        return str(config.tokenizer.path)  # type: ignore[attr-defined]
+    source = config.model.source
+    assert source is not None  # a rule of the schema: a scratch model never takes tokenizer=from_model
+    return source
+
+
+def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
+    """Load or train the tokenizer into the cache; (its folder, the encoder for the data, its size)."""
+    from lmlab.tokenizers.load import adds_bos, encode_document, load_tokenizer, tokenizer_hash
+
+    if config.tokenizer.kind == "bpe":
+        folder = _trained_bpe(config)
+        tokenizer = load_tokenizer(folder)
+        key = tokenizer_hash(tokenizer)
+    else:
+        revision = getattr(config.model, "revision", None) if config.tokenizer.kind == "from_model" else None
+        tokenizer = load_tokenizer(_tokenizer_source(config), revision=revision)
+        key = tokenizer_hash(tokenizer)
+        folder = cache_root() / "tokenizers" / key[:24]
+        if not folder.exists():
+            _save_tokenizer(tokenizer, folder)
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token", where="tokenizer", fix="set eos_token in its tokenizer_config.json")
+    add_bos = adds_bos(tokenizer)
+
+    def render_chat(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    encoder = TextEncoder(
+        encode=lambda text: encode_document(tokenizer, text, add_bos=add_bos),
+        eos_token_id=int(tokenizer.eos_token_id),
+        vocab_size=len(tokenizer),
+        key=key,
+        render_chat=render_chat if tokenizer.chat_template else None,
+    )
+    return folder, encoder, len(tokenizer)
+
+
+def _trained_bpe(config: RunConfig) -> Path:
+    """A byte-level BPE trained on the training split, once per content and settings."""
+    from lmlab.tokenizers.train import train_bpe
+
+    settings = config.tokenizer.model_dump(exclude={"kind"})
+    parts = [settings, config.data.content_key(), config.data.format_for(config.task), config.data.val_fraction, config.data.template, config.task, 1]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    folder = cache_root() / "tokenizers" / f"bpe-{key[:24]}"
+    if not folder.exists():
+        _save_tokenizer(train_bpe(training_texts(config.data, task=config.task), **settings), folder)
+    return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save_pretrained(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster with the same content
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def create_run(plan: Plan, overrides: Sequence[str]) -> None:
+    """Make, lock and fill the run's directory; config.yaml comes last and marks it as complete."""
+    from lmlab.session import environment
+
+    run, config = plan.run, plan.config
+    run.create(overwrite=config.overwrite, resume=config.resume is not None)
+    shutil.copytree(plan.tokenizer, run.tokenizer, dirs_exist_ok=True)
+    write_json(run.data_report, plan.prepared.meta["report"])
+    shutil.copyfile(plan.prepared.folder / "mask_preview.txt", run.mask_preview)
+    write_json(
+        run.info,
+        {
+            "run_name": config.run_name,
+            "argv": [Path(sys.argv[0]).name, *overrides],
+            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "seed": config.seed,
+            "config_hash": fingerprint(config),
+            "data_hash": plan.prepared.folder.name,
+            "tokenizer_hash": plan.tokenizer.name,
+            "prepared": str(plan.prepared.folder),
+            **_git(),
+            **environment(),
+        },
+    )
+    temporary = run.config.with_suffix(".tmp")
+    temporary.write_text(dump_yaml(config), encoding="utf-8")
+    temporary.replace(run.config)
+
+
+def _git() -> dict[str, Any]:
+    """Commit of the lmlab that runs, and a hash of what differs from it; empty outside a repository."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
+
+    try:
+        commit, diff = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return {"git_commit": None, "git_diff_hash": None}
+    return {"git_commit": commit, "git_diff_hash": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None}

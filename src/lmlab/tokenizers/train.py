@@ -1,0 +1,199 @@
+"""Train a byte-level BPE tokenizer on a stream of texts.
+
+Text is cut into words by GPT-2's pattern, each word becomes its UTF-8 bytes (256 letters that are always in
+the vocabulary), and the most frequent neighbouring pair is merged until ``vocab_size`` is reached; the counting
+is the `tokenizers` library's. With all bytes present and no normalizer nothing is unknown and decoding gives
+back the text.
+
+Ids: special tokens from 0, then the bytes, then the merges in the order they were learned.
+
+Trade-off: the word counts are held in memory (they grow with the distinct words, not with the text), and
+``max_chars`` caps the text; more text rarely changes a vocabulary of this size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from lmlab import registry
+from lmlab.records import UserError
+
+if TYPE_CHECKING:
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+BYTES = 256
+PAD_TOKEN = "<|pad|>"
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML: every turn is ``<|im_start|>role``, a newline, the content, ``<|im_end|>`` and a newline."""
+
+
+@registry.tokenizers.register
+class BPETokenizer(registry.Config):
+    """Byte-level BPE trained on the run's training text; see `train_bpe` for the fields."""
+
+    kind: Literal["bpe"]
+    vocab_size: int = Field(gt=256)
+    pre_tokenizer: Literal["gpt2", "digits"]
+    min_frequency: int = Field(ge=1)
+    special_tokens: list[str] = Field(min_length=1)
+    max_chars: int = Field(ge=1)
+
+
+def train_bpe(
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    pre_tokenizer: str,
+    min_frequency: int,
+    special_tokens: list[str],
+    max_chars: int,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on ``texts``; the same texts give the same tokenizer.json.
+
+    Args:
+        texts: read once, in order, up to ``max_chars``; the text that crosses the limit is cut there.
+        vocab_size: all tokens together, specials and bytes included. A small corpus may hold fewer pairs than
+            that: the result is then smaller (``len(tokenizer)``) and a warning says so.
+        pre_tokenizer: ``gpt2``, or ``digits`` (the same with every digit on its own).
+        min_frequency: a pair that occurs less often is never merged.
+        special_tokens: ids from 0 in this order. The first is EOS; padding is ``<|pad|>`` if listed, else EOS.
+        max_chars: character budget.
+        chat_template: Jinja; None attaches `DEFAULT_CHAT_TEMPLATE` if its two tokens are among the specials.
+
+    Raises:
+        UserError: no text, a vocabulary too small for bytes and specials, bad special tokens, an unknown
+            ``pre_tokenizer``, or text that is not valid Unicode.
+    """
+    _check(vocab_size, special_tokens, max_chars)
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    # The attributes are writable in the library, but its stubs leave out their setters.
+    setattr(backend, "pre_tokenizer", _pre_tokenizer(pre_tokenizer))  # noqa: B010
+    setattr(backend, "decoder", decoders.ByteLevel())  # noqa: B010
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special_tokens,  # pyright: ignore[reportArgumentType]
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    budget = _Budget(texts, max_chars)
+    try:
+        backend.train_from_iterator(budget, trainer)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a text is not valid Unicode: {error}",
+            where="the tokenizer's training text",
+            fix="mend or drop it",
+        ) from error
+    if not budget.used:
+        raise UserError("no text to train a tokenizer on", where="tokenizer.kind=bpe", fix="check data.path")
+    size = backend.get_vocab_size()
+    if size < vocab_size:
+        log.warning(
+            "tokenizer: %d tokens instead of %d, the text has no more frequent pairs", size, vocab_size
+        )
+    return _wrap(backend, special_tokens, chat_template)
+
+
+class _Budget:
+    """The texts up to ``limit`` characters, counting what was handed on."""
+
+    def __init__(self, texts: Iterable[str], limit: int) -> None:
+        self.texts, self.limit, self.used = texts, limit, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            piece = text[: self.limit - self.used]
+            self.used += len(piece)
+            yield piece
+            if self.used >= self.limit:
+                return
+
+
+def _check(vocab_size: int, special_tokens: list[str], max_chars: int) -> None:
+    """Refuse what the library would take without a word.
+
+    Raises:
+        UserError: no, empty, repeated or single-letter special tokens, no character budget, too few ids.
+    """
+    where = "tokenizer.special_tokens"
+    if not special_tokens:
+        raise UserError("no special tokens", where=where, fix="name at least one; the first is EOS")
+    if len(set(special_tokens)) < len(special_tokens):
+        raise UserError(f"repeated special token in {special_tokens}", where=where, fix="name each once")
+    for token in special_tokens:
+        # A single character could be one of the 256 byte letters; its id would then mean two things.
+        if len(token) < 2 or token != token.strip():
+            raise UserError(
+                f"bad special token {token!r}", where=where, fix="two characters or more, no outer spaces"
+            )
+    smallest = BYTES + len(special_tokens)
+    if vocab_size < smallest:
+        raise UserError(
+            f"vocab_size {vocab_size} cannot hold 256 bytes and {len(special_tokens)} special tokens",
+            where="tokenizer.vocab_size",
+            fix=f"at least {smallest}",
+        )
+    if max_chars < 1:
+        raise UserError(
+            f"max_chars {max_chars} leaves no text", where="tokenizer.max_chars", fix="at least 1"
+        )
+
+
+def _pre_tokenizer(name: str) -> PreTokenizer:
+    """The library's pre-tokenizer for our name.
+
+    Raises:
+        UserError: the name is neither ``gpt2`` nor ``digits``.
+    """
+    from tokenizers import pre_tokenizers
+
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name == "gpt2":
+        return words
+    if name == "digits":
+        # Digits before words, as StarCoder has it: a form that other runtimes (llama.cpp) know too.
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    raise UserError(
+        f"unknown pre_tokenizer '{name}'", where="tokenizer.pre_tokenizer", fix="one of gpt2, digits"
+    )
+
+
+def _wrap(
+    backend: Tokenizer, special_tokens: list[str], chat_template: str | None
+) -> PreTrainedTokenizerFast:
+    """The trained backend as a transformers tokenizer with its roles and chat template."""
+    from transformers import PreTrainedTokenizerFast
+
+    eos = special_tokens[0]
+    pad = PAD_TOKEN if PAD_TOKEN in special_tokens else eos
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=eos,
+        pad_token=pad,
+        extra_special_tokens=[token for token in special_tokens if token not in (eos, pad)],
+        clean_up_tokenization_spaces=False,
+    )
+    if chat_template is None and set(TURN_TOKENS) <= set(special_tokens):
+        chat_template = DEFAULT_CHAT_TEMPLATE
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer

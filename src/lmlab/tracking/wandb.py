@@ -1,0 +1,173 @@
+"""Weights & Biases as a mirror of the run's local files: one run per job, opened late, always finished.
+
+Never a prompt and never a failed run: without a key it works offline from the first second, and whatever the library
+raises is said once and turns it off, because metrics.jsonl already has every number. `wandb` is imported only when used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import netrc
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lmlab.records import Sample
+from lmlab.registry import Config
+
+SAMPLE_COLUMNS = ("step", "prompt_id", "prompt", "sampler", "seed", "text", "new_tokens", "stop_reason")
+
+
+class LoggerConfig(Config):
+    """Where the run is mirrored.
+
+    Attributes:
+        mode: ``auto`` is online if a key is there, else offline.
+        group: runs compared with one another; a multirun sets its sweep's name.
+    """
+
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+    notes: str | None
+
+
+def has_key() -> bool:
+    """Whether W&B could log in without asking: WANDB_API_KEY or an entry in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    file = os.environ.get("NETRC") or str(Path.home() / (".netrc" if os.name != "nt" else "_netrc"))
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def run_id(run_dir: Path) -> str:
+    """The same run directory always has the same W&B id, so a resumed run goes on in its own."""
+    return hashlib.sha256(str(run_dir).encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+class WandbTracker:
+    """One W&B run.
+
+    Args:
+        config: project, mode, group.
+        run_dir: its ``wandb`` folder takes the files.
+        settings: the resolved, secret-free config of the run.
+        tags: adapter, quantization, model.
+        job_type: the task.
+        say: prints a line to the user.
+    """
+
+    def __init__(
+        self,
+        config: LoggerConfig,
+        *,
+        run_dir: Path,
+        settings: Mapping[str, Any],
+        tags: Sequence[str],
+        job_type: str,
+        say: Callable[[str], None],
+    ) -> None:
+        self._say, self.run_dir = say, run_dir
+        self._run: Any = None
+        self._rows: list[list[Any]] = []
+        self.mode = config.mode
+        if config.mode == "disabled":
+            return
+        if config.mode == "auto":
+            self.mode = "online" if has_key() else "offline"
+            if self.mode == "offline":
+                say(
+                    "W&B: no key found, so this run is recorded offline (set WANDB_API_KEY in .env to go online)"
+                )
+        self._guard(lambda: self._open(config, settings, [*tags, *config.tags], job_type))
+
+    def _open(
+        self, config: LoggerConfig, settings: Mapping[str, Any], tags: list[str], job_type: str
+    ) -> None:
+        # The library writes its own folders below the run, and its console lines are replaced by ours.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_DATA_DIR", str(self.run_dir / "wandb"))
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or config.project,
+            entity=config.entity or os.environ.get("WANDB_ENTITY") or None,
+            group=config.group,
+            job_type=job_type,
+            name=self.run_dir.name,
+            notes=config.notes,
+            id=run_id(self.run_dir),
+            resume="allow" if self.mode == "online" else None,
+            dir=str(self.run_dir),
+            config=dict(settings),
+            tags=[tag[:64] for tag in tags],
+            mode=self.mode,  # type: ignore[arg-type]
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, save_code=False, x_save_requirements=False
+            ),
+        )
+        self._run.define_metric("trainer/step")
+        self._run.define_metric("*", step_metric="trainer/step")
+        self._run.define_metric("val/loss", step_metric="trainer/step", summary="min")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Mirror one line of metrics."""
+        if self._run is not None:
+            self._guard(lambda: self._run.log({"trainer/step": step, **values}))
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Mirror new samples: a table with all rows so far, because W&B shows a logged table as it was."""
+        if self._run is None or not samples:
+            return
+        self._rows += [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
+
+        def table() -> None:
+            import wandb
+
+            self._run.log(
+                {
+                    "trainer/step": step,
+                    "samples": wandb.Table(columns=list(SAMPLE_COLUMNS), data=list(self._rows)),
+                }
+            )
+
+        self._guard(table)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Mirror the final figures."""
+        if self._run is not None:
+            self._guard(lambda: self._run.summary.update(dict(values)))
+
+    def finish(self, exit_code: int) -> None:
+        """Close the run, as failed if ``exit_code`` is not 0, and say where it is."""
+        if self._run is None:
+            return
+        run, self._run = self._run, None
+        folder = Path(run.dir).parent
+        url = run.url if self.mode == "online" else None
+        self._guard(lambda: run.finish(exit_code=exit_code))
+        if url:
+            self._say(f"W&B: {url}")
+        else:
+            shown = os.path.relpath(folder)
+            self._say(f"W&B: look with `wandb leet run {shown}`, upload with `wandb sync {shown}`")
+
+    def _guard(self, call: Callable[[], None]) -> None:
+        """Run a W&B call; the first exception is said in one line and ends the mirroring, never the run."""
+        try:
+            call()
+        except Exception as error:  # any failure of a service must leave training untouched
+            self._run = None
+            detail = str(error).strip().splitlines()
+            reason = detail[0][:160] if detail else type(error).__name__
+            self._say(f"W&B: stopped mirroring ({reason}); every number is in metrics.jsonl")
+            print(f"warning: W&B stopped: {reason}", file=sys.stderr)

@@ -1,0 +1,236 @@
+"""What happens around the steps: the log, the sample grid, a clean stop.
+
+Metrics do not go through ``self.log`` while training (half a millisecond a call): sums stay on the device's side of
+the step and are read once per log point, then written to the journal, the mirror and the console directly.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lmlab.generation.samplers import SamplerConfig
+from lmlab.generation.text import TextGenerator
+from lmlab.models.flops import StepFlops
+from lmlab.models.memory import MemoryMeter
+from lmlab.records import Sample
+from lmlab.training.console import Progress
+from lmlab.training.modules import CausalLMModule, StepTotals
+from lmlab.training.options import TrainerConfig
+
+LogMetrics = Callable[[int, Mapping[str, float]], None]
+LogSamples = Callable[[int, Sequence[Sample]], None]
+
+
+class RunLog(Callback):
+    """Reads the step's totals at log points and hands all metrics on.
+
+    Args:
+        options: when a log point is due.
+        log: ``(step, metrics)``, on rank 0 only.
+        progress: the bar or the plain lines.
+        flops: for ``train/flops``.
+    """
+
+    def __init__(self, options: TrainerConfig, *, log: LogMetrics, progress: Progress, flops: StepFlops, meter: MemoryMeter) -> None:
+        self.options, self.log_metrics, self.progress, self.flops, self.meter = options, log, progress, flops, meter
+        self.tokens = self.flops_done = 0.0
+        self._clock = self._paused = 0.0
+        self._step = -1
+
+    def state_dict(self) -> dict[str, float]:
+        """Running totals, which a resumed run goes on from."""
+        return {"tokens": self.tokens, "flops": self.flops_done}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """See `state_dict`."""
+        self.tokens, self.flops_done = state_dict["tokens"], state_dict["flops"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the validation metrics from the module, also those of step 0."""
+        assert isinstance(pl_module, CausalLMModule)
+        pl_module.on_metrics = lambda values: self._validated(trainer, values)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clock of tokens per second starts here."""
+        self._clock = time.monotonic()
+        self._step = trainer.global_step
+        self.progress.start(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Memory by phase is measured in steps that are logged."""
+        assert isinstance(pl_module, CausalLMModule)
+        pl_module.measure_memory = self.options.log_due(trainer.global_step + 1)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """At the end of a logged optimizer step, write its line."""
+        assert isinstance(pl_module, CausalLMModule)
+        step = trainer.global_step
+        if step == self._step:
+            return  # a micro-batch within the step
+        self._step = step
+        if not (self.options.log_due(step) or step >= pl_module.max_steps):
+            return
+        self.meter.start(None)
+        totals, pl_module.totals = pl_module.totals, StepTotals()
+        seconds = max(1e-9, time.monotonic() - self._clock - self._paused)
+        self.tokens += totals.tokens
+        self.flops_done += self.flops.of(totals.tokens, totals.supervised, totals.mean_context / max(1.0, totals.tokens))
+        if trainer.is_global_zero:
+            values = {
+                "train/loss": totals.loss / max(1.0, totals.supervised),
+                "train/grad_norm": totals.grad_norm,
+                "train/lr": self._last_lr(trainer),
+                "train/tokens": self.tokens,
+                "train/flops": self.flops_done,
+                "perf/tokens_per_second": totals.tokens / seconds,
+                **self.meter.read(),
+            }
+            self.log_metrics(step, values)
+            self.progress.step(step, values)
+        self._clock, self._paused = time.monotonic(), 0.0
+
+    @staticmethod
+    def _last_lr(trainer: Trainer) -> float:
+        # The scheduler steps after this hook, so this still is the rate the update was made with.
+        return float(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation time does not count as training time."""
+        self._pause_began = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See `on_validation_start`; callbacks after this one (samples, checkpoints) are not training either."""
+        self._paused += time.monotonic() - self._pause_began
+
+    def _validated(self, trainer: Trainer, values: dict[str, float]) -> None:
+        if not trainer.is_global_zero:
+            return
+        values = {**values, **{k: v for k, v in self.meter.read().items() if k.startswith("memory/")}}
+        step = 0 if trainer.sanity_checking else trainer.global_step
+        self.log_metrics(step, values)
+        self.progress.validated(step, values)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the bar."""
+        self.progress.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the bar, or it would swallow the error line."""
+        self.progress.stop()
+
+
+class SampleGrid(Callback):
+    """Fixed prompts x samplers, with fixed seeds, at step 0, at validations or every n steps, and at the end.
+
+    Texts come from generators of their own, so training goes on exactly as if nothing had been sampled.
+
+    Args:
+        generator: continues prompts with the model in training.
+        prompts: ``(shown, full)``: what a person reads and what the model is given.
+        grid: sampler name -> sampler.
+        log: ``(step, samples)``, on rank 0 only.
+    """
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        *,
+        prompts: Sequence[tuple[str, str]],
+        grid: Mapping[str, SamplerConfig],
+        seed: int,
+        every_n_steps: int | None,
+        max_steps: int,
+        log: LogSamples,
+        meter: MemoryMeter,
+    ) -> None:
+        self.generator, self.prompts, self.grid, self.seed = generator, prompts, grid, seed
+        self.every, self.max_steps, self.log_samples, self.meter = every_n_steps, max_steps, log, meter
+        self._sampled = -1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At step 0, at the end, and between them if no rhythm of their own is set."""
+        step = 0 if trainer.sanity_checking else trainer.global_step
+        if step == 0 or step >= self.max_steps or trainer.should_stop or self.every is None:
+            self._sample(trainer, step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """In the rhythm of ``samples.every_n_steps``."""
+        step = trainer.global_step
+        if self.every is not None and step % self.every == 0:
+            self._sample(trainer, step)
+
+    def _sample(self, trainer: Trainer, step: int) -> None:
+        if step == self._sampled or not trainer.is_global_zero or not self.prompts:
+            return
+        self._sampled = step
+        samples: list[Sample] = []
+        with self.meter.phase("generate"):
+            for name, sampler in self.grid.items():
+                seeds = [self.seed + index for index in range(len(self.prompts))]
+                texts = self.generator([full for _, full in self.prompts], sampler=sampler, seeds=seeds)
+                for index, (text, (shown, _)) in enumerate(zip(texts, self.prompts, strict=True)):
+                    samples.append(Sample(step, index, shown, name, seeds[index], text.text, text.new_tokens, text.stop_reason))
+        self.log_samples(step, samples)
+
+
+class GracefulStop(Callback):
+    """SIGTERM or Ctrl-C end the run after the current optimizer step, on all ranks together; a second one at once.
+
+    Attributes:
+        signal: the one that stopped the run, on every rank, else None.
+    """
+
+    def __init__(self, *, save: Callable[[Trainer], None]) -> None:
+        self.signal: int | None = None
+        self._caught, self._save, self._step = 0, save, -1
+        self._old: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the handlers over from Lightning, whose own would end with exit code 0 and save nothing."""
+
+        def handle(number: int, frame: Any) -> None:
+            self._caught = number
+            signal.signal(number, signal.SIG_DFL)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._old[number] = signal.signal(number, handle)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """After an optimizer step, agree over ranks whether to stop."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        caught = self._caught
+        if trainer.world_size > 1:
+            flag = torch.tensor(float(caught), device=pl_module.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            caught = int(flag)
+        if caught:
+            self.signal = caught
+            trainer.limit_val_batches = 0  # stopping must be quick: no validation on the way out
+            trainer.should_stop = True
+            self._save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the handlers back."""
+        for number, old in self._old.items():
+            signal.signal(number, old)
+        self._old = {}
+
+
+class StopAtLastStep(Callback):
+    """Ask for the stop one step early enough that Lightning still validates: its loop then does so on its own."""
+
+    def __init__(self, max_steps: int) -> None:
+        self.max_steps = max_steps
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """See the class."""
+        if trainer.global_step >= self.max_steps:
+            trainer.should_stop = True

@@ -1,0 +1,219 @@
+"""Resumable checkpoints that are whole or not there, and the weights to use afterwards.
+
+A checkpoint is a folder ``step-00000200`` with ``state.pt`` (Lightning's dict: trained weights, optimizer, schedule,
+counters) and ``manifest.json`` with sizes and sha256. It is written under a temporary name in the same folder, synced,
+and renamed, so the final name never holds half a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lmlab.journal import RunDir, read_json, write_json
+from lmlab.records import UserError
+from lmlab.training.options import CheckpointConfig
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder of the checkpoint after ``step`` optimizer steps; sorts by step."""
+    return f"step-{step:08d}"
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """Writes and reads checkpoint folders."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write the folder ``path`` atomically."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        state = temporary / "state.pt"
+        with state.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        write_json(
+            temporary / "manifest.json",
+            {"step": int(checkpoint["global_step"]), "files": {"state.pt": {"bytes": state.stat().st_size, "sha256": _sha256(state)}}},
+        )
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+        _sync_folder(path.parent)
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Verify against the manifest and load; nothing in it is ever executed."""
+        verify_checkpoint(Path(path))
+        return torch.load(Path(path) / "state.pt", map_location=map_location or "cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete the folder."""
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Compare sizes and hashes with the manifest.
+
+    Raises:
+        UserError: not a checkpoint, or damaged.
+    """
+    files = read_json(path / "manifest.json").get("files")
+    if not files:
+        raise UserError("not a checkpoint", where=str(path), fix="give a folder like checkpoints/step-00000200, or resume=auto")
+    for name, about in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != about["bytes"] or _sha256(file) != about["sha256"]:
+            raise UserError(f"damaged checkpoint: {name} differs from its manifest", where=str(path), fix="use an older one")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint by step number; damaged ones are passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            verify_checkpoint(path)
+        except UserError:
+            continue
+        return path
+    return None
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints(Callback):
+    """Saves resumable checkpoints and keeps the best weights; the last weights are written at the end.
+
+    Args:
+        run: where.
+        options: how often, how many.
+        save_weights: writes ``adapter/`` or ``model/`` into the folder it is given (on rank 0).
+        val_every_n_steps: a checkpoint due together with a validation is saved after it.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        options: CheckpointConfig,
+        *,
+        save_weights: Callable[[Path], None],
+        max_steps: int,
+        val_every_n_steps: int,
+    ) -> None:
+        self.run, self.options, self.save_weights = run, options, save_weights
+        self.max_steps, self.val_every = max_steps, val_every_n_steps
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self._saved_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best so far, so that a resumed run does not overwrite it with something worse."""
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `state_dict`."""
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save where a step is due and no validation follows."""
+        step, every = trainer.global_step, self.options.every_n_steps
+        due = every is not None and step % every == 0 and step != self._saved_step and _step_done(trainer)
+        if due and not self._validates(trainer, step):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the best weights; then save, if due, with the validation's outcome in it."""
+        if trainer.sanity_checking:
+            return
+        step, every = trainer.global_step, self.options.every_n_steps
+        loss = trainer.callback_metrics.get("val/loss")
+        if loss is not None and (self.best is None or float(loss) < self.best):
+            self.best, self.best_step = float(loss), step
+            if trainer.is_global_zero:
+                self.save_weights(self.run.best)
+        if step >= self.max_steps or trainer.should_stop or (every is not None and step % every == 0):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last weights, whatever ended the training."""
+        if trainer.is_global_zero:
+            self.save_weights(self.run.path)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now (all ranks must call it) and remove what is older than the newest ``keep``."""
+        self._saved_step = trainer.global_step
+        trainer.save_checkpoint(self.run.checkpoints / checkpoint_name(trainer.global_step))
+        if trainer.is_global_zero:
+            for old in sorted(self.run.checkpoints.glob("step-*"))[: -self.options.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _validates(self, trainer: Trainer, step: int) -> bool:
+        return step % self.val_every == 0 or step >= self.max_steps or trainer.should_stop
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Random states of every rank, as plain lists and tensors that `weights_only` can load."""
+        states = [_rng_state()]
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, states[0])
+            states = gathered
+        checkpoint["rng"] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep this rank's random state until training starts."""
+        states = checkpoint.get("rng") or []
+        self._rng = states[trainer.global_rank] if trainer.global_rank < len(states) else None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore the random state last, after everything that may draw while resuming."""
+        state = getattr(self, "_rng", None)
+        if state is not None:
+            _restore_rng(state)
+
+
+def _step_done(trainer: Trainer) -> bool:
+    return (trainer.fit_loop.epoch_loop.batch_progress.current.ready) % trainer.accumulate_grad_batches == 0
+
+
+def _rng_state() -> dict[str, Any]:
+    version, keys, position, has_gauss, cached = np.random.get_state()
+    python_version, python_state, python_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [str(version), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],  # type: ignore[arg-type]
+        "python": [python_version, list(python_state), python_gauss],
+    }
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    version, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((version, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    python_version, python_state, python_gauss = state["python"]
+    random.setstate((python_version, tuple(python_state), python_gauss))

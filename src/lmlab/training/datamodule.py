@@ -1,0 +1,80 @@
+"""Loaders over prepared rows: endless ordered micro-batches for training, each row once for validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lmlab.data.order import EndlessOrder, ShareOfRows, StepBatches
+from lmlab.data.packing import collate_flat, collate_padded
+from lmlab.data.prepare import PreparedData
+from lmlab.records import PackedBatch
+from lmlab.training.options import TrainerConfig
+
+
+class LMDataModule(LightningDataModule):
+    """Batches of a prepared data set.
+
+    Args:
+        prepared: the data set.
+        trainer_config: batch sizes and workers.
+        seed: of the data order.
+        flat: flat rows (packed attention) instead of padded ones.
+    """
+
+    def __init__(self, prepared: PreparedData, trainer_config: TrainerConfig, *, seed: int, flat: bool) -> None:
+        super().__init__()
+        self.options, self.seed = trainer_config, seed
+        self.train_rows, self.val_rows = prepared.rows("train"), prepared.rows("val")
+        self.collate = collate_flat if flat else collate_padded
+        self.start_step = 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Endless; its position is the trainer's optimizer step, so that resuming needs no other state."""
+        assert self.trainer is not None
+        batches = StepBatches(
+            EndlessOrder(len(self.train_rows), seed=self.seed),
+            batch_size=self.options.batch_size,
+            accumulate=self.options.accumulate_grad_batches,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            start_step=self.start_step,
+        )
+        return self._loader(self.train_rows, batches)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """This rank's share of the validation rows."""
+        assert self.trainer is not None
+        share = ShareOfRows(
+            len(self.val_rows),
+            batch_size=self.options.val_batch_size,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        return self._loader(self.val_rows, share)
+
+    def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
+        return DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=self.collate,
+            num_workers=self.options.num_workers,
+            # An own generator: without it each iterator draws its base seed from the global RNG.
+            generator=torch.Generator().manual_seed(self.seed),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
+        """Move the tensors; lengths stay on the CPU."""
+        return batch.to(device)
+
+    def state_dict(self) -> dict[str, int]:
+        """The order's whole state: optimizer steps done."""
+        return {"step": self.trainer.global_step if self.trainer else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where the checkpoint stood."""
+        self.start_step = state_dict["step"]

@@ -1,0 +1,109 @@
+"""One call that trains: a Lightning Trainer with lmlab's rhythm, and what came out of it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from lmlab.models.hardware import Hardware
+from lmlab.training.callbacks import GracefulStop, StopAtLastStep
+from lmlab.training.checkpoint import Checkpoints, FolderCheckpointIO
+from lmlab.training.datamodule import LMDataModule
+from lmlab.training.modules import CausalLMModule
+from lmlab.training.options import TrainerConfig
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit ended with.
+
+    Attributes:
+        steps: optimizer steps done in all.
+        best_loss, best_step: of the best validation after step 0, None if there was none.
+        signal: the signal that stopped it, else None.
+    """
+
+    steps: int
+    best_loss: float | None
+    best_step: int | None
+    signal: int | None
+
+
+def build_trainer(
+    options: TrainerConfig, hardware: Hardware, *, max_steps: int, callbacks: Sequence[Callback], root: Path, world_size: int
+) -> Trainer:
+    """The Trainer. Validation: all of it at step 0 (as Lightning's sanity check), every n steps, and at the last."""
+    _quiet()
+    # Counted in micro-batches; a rhythm beyond the end would be refused by Lightning for finite loaders only.
+    every = options.val_every_n_steps * options.accumulate_grad_batches
+    return Trainer(
+        accelerator="gpu" if hardware.device.type == "cuda" else "cpu",
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=_strategy(hardware) if world_size > 1 else "auto",
+        precision=hardware.lightning_precision,  # type: ignore[arg-type]
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=options.accumulate_grad_batches,
+        gradient_clip_val=options.gradient_clip_val,
+        val_check_interval=every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        plugins=[FolderCheckpointIO()],
+        default_root_dir=str(root),
+        inference_mode=False,  # an inference tensor cached by a layer would break the next training step
+    )
+
+
+def _strategy(hardware: Hardware) -> Strategy:
+    backend = "nccl" if hardware.device.type == "cuda" else "gloo"
+    return DDPStrategy(process_group_backend=backend, find_unused_parameters=False, gradient_as_bucket_view=True)
+
+
+def _quiet() -> None:
+    """Lightning's hints about things that are decided here."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*does not require gradients.*")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step\\(\\)` before `optimizer.step.*")
+
+
+def fit(
+    trainer: Trainer,
+    module: CausalLMModule,
+    datamodule: LMDataModule,
+    *,
+    checkpoints: Checkpoints,
+    stop: GracefulStop,
+    resume_from: Path | None = None,
+) -> FitResult:
+    """Train to the end, or until a signal asks to stop.
+
+    Raises:
+        RunFailedError: a failure lmlab understands (a gradient that is not finite).
+    """
+    trainer.fit(module, datamodule, ckpt_path=str(resume_from) if resume_from else None, weights_only=True)
+    return FitResult(trainer.global_step, checkpoints.best, checkpoints.best_step, stop.signal)
+
+
+def loop_callbacks(
+    log: Callback, samples: Callback | None, checkpoints: Checkpoints, stop: GracefulStop, *, max_steps: int, extra: Sequence[Any]
+) -> list[Callback]:
+    """In this order: stop flags first, so that those after see them; the log before what would distort its clock."""
+    return [StopAtLastStep(max_steps), stop, log, *([samples] if samples else []), *extra, checkpoints]

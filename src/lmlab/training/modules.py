@@ -1,0 +1,245 @@
+"""Causal-LM training as Lightning modules.
+
+The loss of an optimizer step is the sum of its token losses divided by the number of its supervised tokens, over all
+micro-batches and all ranks: exact, where Lightning and its peers average averages. How: `training_step` returns a sum
+scaled by a constant; when the last backward is over, `on_before_optimizer_step` rescales the gradients once by what
+the true divisor turned out to be, before clipping. Lightning has by then divided by ``accumulate_grad_batches`` and
+DDP by the world size, so the factor is ``world_size * accumulate * SCALE / supervised_tokens``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torchmetrics import SumMetric
+
+from lmlab.evaluation.text import MetricConfig
+from lmlab.generation.samplers import SamplerConfig
+from lmlab.generation.text import TextGenerator
+from lmlab.models.head import LossConfig, supervised_logits
+from lmlab.models.memory import MemoryMeter
+from lmlab.records import PackedBatch, RunFailedError
+from lmlab.training.options import OptimConfig
+
+SCALE = 1024.0  # keeps the summed loss of a batch within fp16's range before the backward pass
+
+
+@dataclass
+class StepTotals:
+    """Sums since the last log point, over all ranks; read and reset by the logging callback."""
+
+    loss: float = 0.0
+    supervised: float = 0.0
+    tokens: float = 0.0
+    steps: int = 0
+    grad_norm: float = 0.0
+    mean_context: float = 0.0
+
+
+@dataclass
+class Validation:
+    """What a validation pass is measured by.
+
+    Attributes:
+        supervised_bytes: UTF-8 bytes of the whole validation split's trained text, for bits per byte.
+        prompts, references: validation records that text metrics generate for.
+        metrics: name -> text metric.
+        generator: continues prompts with the model in training.
+        sampler: how it draws for metrics.
+    """
+
+    supervised_bytes: int
+    prompts: Sequence[str] = ()
+    references: Sequence[str] = ()
+    metrics: dict[str, MetricConfig] = field(default_factory=dict)
+    generator: TextGenerator | None = None
+    sampler: SamplerConfig | None = None
+
+
+class CausalLMModule(LightningModule):
+    """A causal LM (plain, quantized or adapted) under token-exact loss.
+
+    Args:
+        model: what is trained; its frozen part never enters a checkpoint.
+        loss, optim: how.
+        max_steps: optimizer steps of the run, for the schedule.
+        validation: what validation measures.
+        meter: memory by phase.
+        on_nonfinite: ``stop`` or ``skip`` when a gradient norm is not finite.
+    """
+
+    strict_loading = False  # checkpoints hold the trained weights only
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        loss: LossConfig,
+        optim: OptimConfig,
+        max_steps: int,
+        validation: Validation,
+        meter: MemoryMeter,
+        on_nonfinite: str = "stop",
+    ) -> None:
+        super().__init__()
+        self.model, self.loss, self.optim = model, loss, optim
+        self.max_steps, self.validation, self.meter = max_steps, validation, meter
+        self.on_nonfinite = on_nonfinite
+        self.totals = StepTotals()
+        self.measure_memory = False
+        self.skipped_steps = 0
+        self._window: torch.Tensor | None = None  # [loss sum, supervised, tokens, tokens * context] of this step
+        self._val_nll, self._val_tokens = SumMetric().set_dtype(torch.float64), SumMetric().set_dtype(torch.float64)
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self.on_metrics: Callable[[dict[str, float]], None] = lambda values: None
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PackedBatch, batch_index: int) -> torch.Tensor:
+        """Scaled loss sum of one micro-batch; see the module docstring for who divides it."""
+        if self.measure_memory:
+            self.meter.start("forward")
+        logits, labels = supervised_logits(self.model, batch)
+        total = self.loss.total(logits, labels)
+        counts = torch.tensor([0.0, len(labels), batch.num_tokens, _context_sum(batch)], dtype=torch.float64)
+        counts = counts.to(self.device, non_blocking=True)
+        counts[0] += total.detach()
+        self._window = counts if self._window is None else self._window + counts
+        return total / SCALE
+
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        """Memory phase only."""
+        if self.measure_memory:
+            self.meter.start("backward")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the summed gradient by the supervised tokens of the whole step."""
+        if self.measure_memory:
+            self.meter.start("optimizer")
+        assert self._window is not None
+        window, self._window = self._window, None
+        if self.trainer.world_size > 1:
+            dist.all_reduce(window)
+        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches * SCALE / window[1].clamp(min=1)
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        self._last_window = window
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by the global norm, remember it, and stop or skip where it is not finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self._trainable, gradient_clip_val or math.inf)
+        loss, supervised, tokens, context = self._last_window.tolist()
+        value = float(norm)
+        if not math.isfinite(value):
+            self._nonfinite(value, loss / max(1, supervised))
+        self.totals.loss += loss
+        self.totals.supervised += supervised
+        self.totals.tokens += tokens
+        self.totals.mean_context += context
+        self.totals.steps += 1
+        self.totals.grad_norm = value
+
+    def _nonfinite(self, norm: float, loss: float) -> None:
+        step = self.global_step + 1
+        if self.on_nonfinite == "stop":
+            raise RunFailedError(
+                f"gradient norm is {norm} and the loss {loss:.4g} at step {step}, so the update was not made: "
+                "lower optim.lr, or trainer.on_nonfinite=skip"
+            )
+        self.skipped_steps += 1
+        for parameter in self._trainable:
+            parameter.grad = None
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and its schedule, stepped once per optimizer step."""
+        optimizer = self.optim.build(self._trainable, on_cuda=self.device.type == "cuda")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor(self.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --- validation ---------------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Memory phase only."""
+        self.meter.start("eval")
+
+    def validation_step(self, batch: PackedBatch, batch_index: int) -> None:
+        """Add up negative log-likelihood and tokens; division comes after all batches of all ranks."""
+        logits, labels = supervised_logits(self.model, batch)
+        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        self._val_nll.update(nll.double())
+        self._val_tokens.update(float(len(labels)))
+
+    def on_validation_epoch_end(self) -> None:
+        """Reduce over ranks, compute, and hand the figures to the log."""
+        nll, tokens = float(self._val_nll.compute()), float(self._val_tokens.compute())
+        self._val_nll.reset()
+        self._val_tokens.reset()
+        values = {"val/loss": nll / max(1.0, tokens), **self.likelihood_metrics(nll, tokens), **self.text_metrics()}
+        self.meter.start(None)
+        for name, value in values.items():
+            self.log(name, value, rank_zero_only=False, sync_dist=False)  # so that Lightning's own callbacks can monitor it
+        self.on_metrics(values)
+
+    def likelihood_metrics(self, nll: float, tokens: float) -> dict[str, float]:
+        """Perplexity and bits per byte from the summed nll in nats."""
+        values = {"val/perplexity": math.exp(min(nll / max(1.0, tokens), 700.0))}
+        if self.validation.supervised_bytes:
+            values["val/bits_per_byte"] = nll / math.log(2) / self.validation.supervised_bytes
+        return values
+
+    def text_metrics(self) -> dict[str, float]:
+        """Metrics of generated text; none unless a subclass has them."""
+        return {}
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trained weights only; of a full model all of it."""
+        if all(p.requires_grad for p in self.model.parameters()):
+            return super().state_dict(*args, **kwargs)
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+
+class PretrainModule(CausalLMModule):
+    """Every token is trained; validation is likelihood alone."""
+
+
+class SFTModule(CausalLMModule):
+    """The response is trained, the prompt masked; validation can also generate and compare texts."""
+
+    def text_metrics(self) -> dict[str, float]:
+        """Generate for the first validation prompts, each on one rank, and compare with their references."""
+        about = self.validation
+        if not about.metrics or about.generator is None or about.sampler is None:
+            return {}
+        values: dict[str, float] = {}
+        self.meter.start("generate")
+        for name, config in about.metrics.items():
+            metric = config.build().to(self.device)
+            chosen = range(self.global_rank, min(config.max_examples, len(about.prompts)), self.trainer.world_size)
+            sampler = about.sampler.model_copy(update={"max_new_tokens": config.max_new_tokens})
+            texts = about.generator([about.prompts[i] for i in chosen], sampler=sampler, seeds=list(chosen))
+            metric.update([text.text for text in texts], [about.references[i] for i in chosen])
+            values[f"val/{name}"] = float(metric.compute())
+        return values
+
+
+def _context_sum(batch: PackedBatch) -> float:
+    """Sum over tokens of their document's length, for counting attention FLOPs."""
+    if batch.cu_seqlens is None:
+        return float(batch.num_tokens * batch.input_ids.shape[1])
+    return float(batch.cu_seqlens.diff().double().square().sum())
+
+
+def now() -> float:
+    """Monotonic seconds; durations never come from the wall clock."""
+    return time.monotonic()

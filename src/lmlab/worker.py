@@ -1,0 +1,131 @@
+"""RUN_DIR -> fit. Every start ends here: one device, a process group, a job of a multirun, a resume, another node.
+
+`python -m lmlab.worker RUN_DIR` reads the frozen config.yaml and what `start` prepared, and nothing of the command
+line that led to it. With several devices it becomes the parent of one process per rank (torch's elastic launcher);
+under torchrun or SLURM, where RANK is set already, it is one of the ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+import uuid
+from pathlib import Path
+from typing import Any
+
+from lmlab.config.compose import load_env, load_frozen, report_error
+from lmlab.config.schema import RunConfig, world_size
+from lmlab.journal import RunDir, read_json, write_json
+from lmlab.records import RunFailedError, UserError
+
+STARTED = time.monotonic()
+
+
+def launch(run: RunDir, config: RunConfig) -> int:
+    """Train the run in its directory, on as many processes as its config says; the exit code."""
+    if world_size(config) == 1 or "RANK" in os.environ:
+        return run_rank(run, config)
+    return _launch_ranks(run, config)
+
+
+def _launch_ranks(run: RunDir, config: RunConfig) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if config.trainer.num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes={config.trainer.num_nodes} needs one start per node",
+            where="trainer.num_nodes",
+            fix=f"on each node: torchrun --nnodes {config.trainer.num_nodes} --nproc-per-node {config.trainer.devices} ... -m lmlab.worker {run.path}",
+        )
+    devices = config.trainer.devices
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # the system chooses the port, so two runs never collide
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(settings, sys.executable)("-m", "lmlab.worker", str(run.path))
+        code = 0
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = int(read_json(run.summary).get("exit_code") or 1)
+        if read_json(run.summary).get("status") != "finished" and code == 1:
+            print(f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above", file=sys.stderr)
+    except SignalException as error:
+        code = 128 + int(error.sigval)
+    summary = read_json(run.summary)
+    if summary.get("status") in (None, "running"):
+        write_json(run.summary, {**summary, "status": "failed", "exit_code": code})
+    return int(summary.get("exit_code") or code)
+
+
+def run_rank(run: RunDir, config: RunConfig) -> int:
+    """Be one rank: build, train, write down how it ended; the exit code. Nothing is raised."""
+    from lmlab.session import Session
+
+    old = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    session = Session(run, config, started=STARTED)
+    code, reason = 1, ""
+    try:
+        code = session.train()
+    except UserError as error:
+        code, reason = report_error(error), str(error)
+    except RunFailedError as error:
+        code, reason = error.exit_code, str(error)
+        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code, reason = 130, "stopped by Ctrl-C"
+    except SystemExit as error:
+        code, reason = (error.code if isinstance(error.code, int) else 1), "stopped"
+    except Exception as error:  # the last resort: whatever it was, it is written down and the run is closed as failed
+        reason = f"{type(error).__name__}: {error}"
+        if _out_of_memory(error):
+            print(f"error: out of memory: {_short(error)}: lower trainer.batch_size or data.max_length, or use adapter=qlora", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print(f"error: the run failed: {_short(error)} (the lines above say where)", file=sys.stderr)
+    finally:
+        session.close(code, reason)
+        signal.signal(signal.SIGTERM, old)
+    return code
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m lmlab.worker RUN_DIR``."""
+    given: list[str] = sys.argv[1:] if arguments is None else arguments
+    load_env()
+    try:
+        if len(given) != 1:
+            raise UserError("one run directory is needed", where="lmlab.worker", fix="python -m lmlab.worker RUN_DIR")
+        run = RunDir(Path(given[0]))
+        config: Any = load_frozen(run.config)
+        return launch(run, config)
+    except UserError as error:
+        return report_error(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,432 @@
+"""The HTML report: numbers, escaping, torn and missing files, and the data behind the plots.
+
+`write_run` makes a realistic run directory (also for looking at the page: ``python tests/tracking/test_report.py DIR``).
+Plots are tested on the data handed to them, not on pixels, which change with matplotlib.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from lmlab.records import Sample, UserError
+from lmlab.tracking import plots
+from lmlab.tracking.report import read_run, render, sample_groups, status, write_report
+
+HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)> & "quoted"'
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
+
+
+def metric_rows(steps: int = 200, val_every: int = 50) -> list[dict[str, Any]]:
+    """Log points as a CPU fine-tuning run leaves them: train lines, and validation lines at step 0, 50, ..."""
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "time": 1.5, "memory/load/peak_gb": 0.61, "memory/load/planned_gb": 0.58}
+    ]
+    for step in range(steps + 1):
+        clock = 2.0 + step * 0.45
+        wobble = 0.12 * math.sin(step * 12.9898) + 0.08 * math.sin(step * 78.233)
+        loss = 1.1 + 2.3 * math.exp(-step / 45)
+        if step:
+            row = {"step": step, "time": clock, "train/loss": loss + wobble, "train/tokens": step * 4096}
+            row["train/lr"] = 2e-4 * (
+                step / 20 if step < 20 else 0.5 * (1 + math.cos(math.pi * (step - 20) / 180))
+            )
+            row |= {
+                "train/grad_norm": 0.4 + 2 * math.exp(-step / 30) + abs(wobble),
+                "memory/rss_gb": 0.9 + step / 2000,
+            }
+            row |= {"perf/tokens_per_second": 9100.0 + 400 * wobble - (4000 if step == 1 else 0)}
+            phases = {"forward": (0.93, 0.9), "backward": (1.21, 1.25), "optimizer": (1.02, 0.98)}
+            row |= {f"memory/{p}/peak_gb": peak for p, (peak, _) in phases.items()}
+            row |= {f"memory/{p}/planned_gb": planned for p, (_, planned) in phases.items()}
+            rows.append(row)
+        if step % val_every == 0:
+            val = loss + 0.08 + 0.0012 * max(0, step - 120)
+            row = {"step": step, "time": clock + 0.2, "val/loss": val, "val/perplexity": math.exp(val)}
+            row |= {
+                "val/bits_per_byte": val * 0.36,
+                "val/exact_match": step / 250,
+                "memory/eval/peak_gb": 0.88,
+            }
+            rows.append(row | {"memory/generate/peak_gb": 0.79})
+    return rows
+
+
+def sample_rows() -> list[dict[str, Any]]:
+    prompts = [
+        "### Instruction:\nWhat does str.strip do?\n\n### Response:\n",
+        "### Instruction:\nSort 3, 1, 2\n\n### Response:\n",
+    ]
+    rows = []
+    for step in (0, 50, 100, 150, 200):
+        for number, prompt in enumerate(prompts):
+            for sampler in ("greedy", "top_p_temperature"):
+                text = f"Return a copy of the string\n    with {step} words removed.\n\n    >>> ' x '.strip()\n    'x'"
+                if step == 0:
+                    text = "" if number else HOSTILE
+                stop = "eos" if step else "length"
+                rows.append(
+                    Sample(step, number, prompt, sampler, 7 + number, text, 24 + step // 10, stop).row()
+                )
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_run(run_dir: Path, *, failed: bool = False) -> Path:
+    """A complete run directory; ``failed`` gives one that died of memory at step 83."""
+    run_dir.mkdir(parents=True)
+    end = 83 if failed else 200
+    write_lines(run_dir / "metrics.jsonl", [row for row in metric_rows() if row["step"] <= end])
+    write_lines(run_dir / "samples.jsonl", [row for row in sample_rows() if row["step"] <= end])
+    summary: dict[str, Any] = {"status": "finished", "exit_code": 0, "final": {"val/loss": 1.304}}
+    if failed:
+        summary = {"status": "failed", "exit_code": 1, "error": "CUDA out of memory in <backward>: 2.1 GB more asked for",
+                   "traceback": "Traceback (most recent call last):\n  File \"train.py\", line 3\nOutOfMemoryError"}  # fmt: skip
+    summary |= {
+        "model/params_total": 4_812_288,
+        "model/params_trainable": 98_304,
+        "model/base_bytes": 2_707_456,
+    }
+    write_json(run_dir / "summary.json", summary | {"model/base_bits_per_param": 4.127})
+    data = {
+        "records_read": 5210,
+        "records_kept": 5121,
+        "records_dropped": {"no trained token left": 61, "empty response": 28},
+    }
+    write_json(
+        run_dir / "data_report.json",
+        data | {"records_truncated": 214, "tokens": 812_345, "supervised_tokens": 301_222},
+    )
+    run = {
+        "argv": ["train.py", "adapter=qlora", "quant=nf4"],
+        "git": {"commit": "5068a8c", "dirty": False},
+        "seed": 1,
+    }
+    versions = {"python": "3.11.9", "torch": "2.10.0", "peft": "0.19.1"}
+    write_json(run_dir / "run.json", run | {"versions": versions, "hardware": {"cpu": "2 cores", "gpus": []}})
+    with open(run_dir / "config.yaml", "w", encoding="utf-8") as file:
+        file.write(
+            "task: sft\nseed: 1\nadapter:\n  kind: qlora\n  rank: 8\noptim:\n  name: paged_adamw8bit\n  lr: 0.0002\n"
+        )
+    with open(run_dir / "mask_preview.txt", "w", encoding="utf-8") as file:
+        file.write(
+            "record 0 (42 tokens, 17 trained)\n  ### Instruction: What does str.strip do?\n> Return a copy of <s>.\n"
+        )
+    return run_dir
+
+
+class Page(HTMLParser):
+    """Checks nesting while it reads, and keeps text, tags and ids."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.words += data
+
+
+def page_of(run_dir: Path) -> Page:
+    return Page(write_report(run_dir).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the slow part, for tests that are about something else."""
+    monkeypatch.setattr(plots, "draw", lambda panel: "<svg></svg>")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "adapter-qlora-a1b2")
+
+
+def test_a_finished_run_shows_its_numbers(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    text = " ".join(page.words.split())
+    for shown in ("adapter-qlora-a1b2", "✓ finished", "1.298at step 150, from 3.48 at step 0", "4.127", "2.04% of 4,812,288",
+                  "1.21 GBin backward", "60.0%", "train.py adapter=qlora quant=nf4",
+                  "records_dropped: empty response", "0.5% of those read", "301,222", "37.1% of the tokens",
+                  "17 trained", "paged_adamw8bit", "versions/torch"):  # fmt: skip
+        assert shown in text, shown
+    assert sorted(p.name for p in run_dir.iterdir() if "report" in p.name) == [
+        "data_report.json",
+        "report.html",
+    ]
+
+
+def test_the_page_is_well_formed_offline_and_accessible(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "xlink:href", "action"):
+            assert (attrs.get(name) or "#").startswith("#"), (tag, attrs)
+        assert tag not in ("script", "link", "iframe", "img")
+        referred = re.findall(r"url\(([^)]*)\)", " ".join(str(value) for value in attrs.values()))
+        assert all(target.lstrip("#") in ids for target in referred)
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("table") == tags.count("caption") > 4
+    assert tags.count("svg") == tags.count("figure") == 6
+    labels = [attrs["aria-label"] for _, attrs in page.tags if attrs.get("role") == "img"]
+    assert len(labels) == 6
+    assert "best 1.298 at step 150" in str(labels[0])
+    html = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in html
+    assert html.count("https://") == html.count("https://evil.example") > 0
+    assert "var(--c1)" in html
+    assert "#0a0b" not in html
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_sample_text_is_escaped_and_kept_as_it_is(run_dir: Path) -> None:
+    page = page_of(run_dir)
+    html = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script src=" in html
+    assert "<script" not in html
+    assert HOSTILE in page.words
+    assert "with 200 words removed.\n\n    >>> ' x '.strip()\n    'x'" in page.words
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_odd_characters_do_not_break_the_page(run_dir: Path) -> None:
+    odd = Sample(
+        300, 0, "p\u2028q", "<i>_k", 1, "a\x00b\x1b[0m \ud800 \u202e", 3, "eos", {"note": "<b>"}
+    ).row()
+    with open(run_dir / "samples.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(odd) + "\n")
+    words = page_of(run_dir).words
+    assert "a␀b␛[0m \\ud800" in words
+    assert "note: <b>" in words
+    assert "<i>_k" in words
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_torn_last_line_is_ignored_and_said(run_dir: Path) -> None:
+    with open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 210, "time": 99.1, "train/lo')
+    page = page_of(run_dir)
+    assert "The last line of metrics.jsonl is cut off (line 207): that line alone is ignored." in page.words
+    assert len(read_run(run_dir).metrics) == len(metric_rows())
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_broken_lines_in_the_middle_are_counted(run_dir: Path) -> None:
+    write_lines(
+        run_dir / "metrics.jsonl",
+        [{"step": 1, "train/loss": 2.0}, {"no": "step"}, {"step": 2, "train/loss": 1.0}],
+    )
+    assert "metrics.jsonl: 1 broken line ignored, the first is line 2." in page_of(run_dir).words
+
+
+@pytest.mark.parametrize("gone", ["metrics.jsonl", "samples.jsonl", "summary.json", "data_report.json", "config.yaml",
+                                  "run.json", "mask_preview.txt"])  # fmt: skip
+@pytest.mark.usefixtures("undrawn")
+def test_any_file_may_be_missing(run_dir: Path, gone: str) -> None:
+    (run_dir / gone).unlink()
+    assert f"Not in the run directory: {gone}." in page_of(run_dir).words
+
+
+@pytest.mark.parametrize(
+    "left", ["metrics.jsonl", "samples.jsonl", "summary.json", "data_report.json", "config.yaml", "run.json"]
+)
+@pytest.mark.parametrize("content", [None, "", '{"step": 1, "val/loss": {', "[1]", "\x00\ufffd"])
+@pytest.mark.usefixtures("undrawn")
+def test_one_file_of_any_content_makes_a_page(run_dir: Path, left: str, content: str | None) -> None:
+    for path in run_dir.iterdir():
+        if path.name != left:
+            path.unlink()
+        elif content is not None:
+            path.write_text(content, encoding="utf-8")
+    assert "Not in the run directory" in page_of(run_dir).words
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_values_of_the_wrong_kind_do_not_stop_the_page(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [
+        *dict.fromkeys(name for row in metric_rows() for name in row if name != "step"),
+        "memory/$<b>_/peak_gb",
+    ]
+    odd = [None, "x", True, [1], {"a": 1}, math.nan, 1e308, -1e308, 10**400, 0]
+    rows = [{"step": step, **dict.fromkeys(names, value)} for step, value in enumerate(odd)]
+    write_lines(run_dir / "metrics.jsonl", [*rows, {"step": 10**400}, {"step": None}])
+    samples = [
+        {"step": 1, **dict.fromkeys(("prompt_id", "prompt", "sampler", "text", "extra"), value)}
+        for value in odd
+    ]
+    write_lines(run_dir / "samples.jsonl", [*samples, {"step": 2}])
+    assert "The plot 'Loss' could not be drawn" in page_of(run_dir).words
+    monkeypatch.setattr(plots, "draw", lambda panel: "<svg></svg>")
+    for value in odd:
+        for name in ("summary.json", "data_report.json", "run.json"):
+            keys = json.loads((run_dir / name).read_text(encoding="utf-8"))
+            write_json(run_dir / name, dict.fromkeys([*keys, "error", "traceback"], value))
+        render(read_run(run_dir))
+
+
+def test_a_failed_run_says_so_first(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "died", failed=True)
+    words = page_of(run_dir).words
+    assert "✗ failed, exit code 1, last logged step 83" in " ".join(words.split())
+    assert words.index("CUDA out of memory in <backward>: 2.1 GB more asked for") < words.index(
+        "Best val/loss"
+    )
+    assert "OutOfMemoryError" in words
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_status_without_a_summary_is_not_called_finished(run_dir: Path) -> None:
+    (run_dir / "summary.json").write_text('{"status": "fin', encoding="utf-8")
+    run = read_run(run_dir)
+    assert status(run)["kind"] == "open"
+    assert "summary.json is incomplete" in " ".join(run.notices)
+
+
+def test_values_that_are_not_finite_are_named(run_dir: Path) -> None:
+    rows = [
+        {"step": 1, "train/loss": 2.0},
+        {"step": 2, "train/loss": math.nan},
+        {"step": 3, "train/loss": "Infinity"},
+    ]
+    write_lines(run_dir / "metrics.jsonl", [*rows, {"step": 4, "train/loss": None, "train/lr": 10**400}])
+    run = read_run(run_dir)
+    assert run.notices == [
+        "train/loss is not a finite number at 3 log points, first at step 2. The curves leave these out."
+    ]
+    assert plots.panels(run.metrics, {})[0].lines == (plots.Line("train/loss", {1: 2.0}),)
+    render(run)
+
+
+def test_a_resumed_log_keeps_the_later_values() -> None:
+    rows = [
+        {"step": 10, "val/loss": 3.0},
+        {"step": 20, "val/loss": 9.0},
+        {"step": 20, "val/loss": 2.0},
+        {"step": 15, "val/loss": 2.5},
+    ]
+    assert list(plots.series(rows, "val/loss").items()) == [(10, 3.0), (15, 2.5), (20, 2.0)]
+    assert plots.best_validation([{"step": 0, "val/loss": 1.0}, *rows]) == (20, 2.0)
+
+
+def test_the_data_handed_to_the_plots() -> None:
+    rows = [
+        {"step": s, "train/loss": float(s % 2), "train/lr": s / 10, "perf/tokens_per_second": 100.0 * s}
+        for s in range(1, 4)
+    ]
+    rows += [
+        {"step": 0, "val/loss": 4.0, "memory/eval/peak_gb": 0.5},
+        {"step": 3, "val/loss": 3.5, "memory/eval/peak_gb": 0.7},
+    ]
+    rows += [{"step": 3, "memory/rss_gb": 1.5, "train/grad_norm": 0.25, "memory/load/planned_gb": 0.4}]
+    golden = [
+        plots.Panel("loss", "Loss", (plots.Line("train/loss", {1: 1.0, 2: 0.0, 3: 1.0}),
+                                     plots.Line("val/loss", {0: 4.0, 3: 3.5}, "marked", 1)), mark=("best", 3, 3.5)),
+        plots.Panel("lr", "Learning rate", (plots.Line("train/lr", {1: 0.1, 2: 0.2, 3: 0.3}),)),
+        plots.Panel("grad_norm", "Gradient norm", (plots.Line("train/grad_norm", {3: 0.25}),)),
+        plots.Panel("memory_phases", "Peak memory per phase, GB",
+                    bars=(plots.Bar("load", 0.3, 0.4), plots.Bar("eval", 0.7), plots.Bar("zeta", 0.1))),
+        plots.Panel("memory_steps", "Memory over the run, GB", (plots.Line("rss_gb", {3: 1.5}, "plain", 2),)),
+        plots.Panel("throughput", "Tokens per second",
+                    (plots.Line("non-padding tokens/s", {1: 100.0, 2: 200.0, 3: 300.0}),
+                     plots.Line("median", {1: 200.0, 3: 200.0}, "dashed", 1))),
+    ]  # fmt: skip
+    assert plots.panels(rows, {"final/memory/load/peak_gb": 0.3, "memory/zeta/peak_gb": 0.1}) == golden
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2e-4, "2e-4"), (1.5e-5, "1.5e-5"), (1e-10, "1e-10"), (0.0, "0"), (3.14159, "3.142"), (9101.7, "9,102"), (12, "12"),
+     (1e300, "1.000e+300"), (math.inf, "inf")],
+)  # fmt: skip
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert plots.short(value) == text
+
+
+def test_smoothing_keeps_a_straight_line_and_thinning_keeps_spikes() -> None:
+    straight = {step: 2.0 * step for step in range(1, 101)}
+    assert plots.smooth(straight) == pytest.approx(straight)
+    long = dict.fromkeys(range(100_000), 1.0) | {54_321: 50.0, 77_777: -3.0}
+    thinned = plots.thin(long)
+    assert len(thinned) <= plots.MAX_POINTS + 2
+    assert (thinned[54_321], thinned[77_777]) == (50.0, -3.0)
+    assert (min(thinned), max(thinned)) == (0, 99_999)
+
+
+def test_a_long_list_of_sampling_steps_is_cut_evenly_and_said() -> None:
+    group = sample_groups(
+        [{"step": step, "prompt_id": 0, "prompt": "p", "text": "t"} for step in range(0, 1000, 10)]
+    )[0]
+    assert (group["step"], group["earlier_steps"][0], group["earlier_steps"][-1]) == (990, 980, 0)
+    assert len(group["earlier_steps"]) + group["left_out"] + 1 == 100
+
+
+def script() -> ModuleType:
+    path = Path(__file__).parents[2] / "scripts" / "report.py"
+    spec = importlib.util.spec_from_file_location("report_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_script_prints_paths_and_one_line_errors(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = run_dir.parent / "empty"
+    empty.mkdir()
+    assert script().main([str(run_dir)]) == 0
+    assert capsys.readouterr().out == f"{run_dir / 'report.html'}\n"
+    assert script().main([str(empty), str(run_dir), str(empty / "nowhere")]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{run_dir / 'report.html'}\n"
+    fix = "give a directory that train.py made, e.g. outputs/sft/NAME"
+    assert (
+        err
+        == f"error: no run directory ({empty}): {fix}\nerror: no such directory ({empty / 'nowhere'}): {fix}\n"
+    )
+    with pytest.raises(UserError):
+        write_report(empty)
+
+
+if __name__ == "__main__":
+    for kind in ("finished", "failed"):
+        print(write_report(write_run(Path(sys.argv[1]) / kind, failed=kind == "failed")))
