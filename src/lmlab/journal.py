@@ -37,7 +37,9 @@ def check_run_name(name: str) -> str:
     """
     if not SAFE_NAME.fullmatch(name) or ".." in name:
         raise UserError(
-            f"'{name[:80]}' is not a run name", where="run_name", fix="1 to 128 of A-Z a-z 0-9 . _ = , + - beginning with a letter or digit"
+            f"'{name[:80]}' is not a run name",
+            where="run_name",
+            fix="1 to 128 of A-Z a-z 0-9 . _ = , + - beginning with a letter or digit",
         )
     return name
 
@@ -82,16 +84,30 @@ class RunDir:
         if self.path.exists() and any(self.path.iterdir()):
             holder = self._holder()
             if holder:
-                raise UserError(f"another run is writing here ({holder})", where=str(self.path), fix="wait for it, or choose another run_name")
+                raise UserError(
+                    f"another run is writing here ({holder})",
+                    where=str(self.path),
+                    fix="wait for it, or choose another run_name",
+                )
             if overwrite and not self.config.exists() and not self.info.exists():
-                raise UserError("not a run directory, so not overwritten", where=str(self.path), fix="choose another run_name or output_root")
+                raise UserError(
+                    "not a run directory, so not overwritten",
+                    where=str(self.path),
+                    fix="choose another run_name or output_root",
+                )
             if not overwrite and not resume:
                 raise UserError(
-                    "this run directory already exists", where=str(self.path), fix="choose another run_name, or resume=auto, or overwrite=true"
+                    "this run directory already exists",
+                    where=str(self.path),
+                    fix="choose another run_name, or resume=auto, or overwrite=true",
                 )
         parent = next((p for p in self.path.parents if p.exists()), None)
         if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError("the output directory cannot be written to", where=str(parent or self.path), fix="choose another output_root")
+            raise UserError(
+                "the output directory cannot be written to",
+                where=str(parent or self.path),
+                fix="choose another output_root",
+            )
 
     def create(self, *, overwrite: bool, resume: bool) -> None:
         """Make the directory and take its lock; with ``overwrite`` an old run's files are removed first."""
@@ -101,7 +117,11 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"the run directory cannot be made: {error.strerror}", where=str(self.path), fix="choose another output_root") from error
+            raise UserError(
+                f"the run directory cannot be made: {error.strerror}",
+                where=str(self.path),
+                fix="choose another output_root",
+            ) from error
         self.take_lock()
 
     def take_lock(self) -> None:
@@ -114,7 +134,9 @@ class RunDir:
                 holder = self._holder()
                 if holder:
                     raise UserError(
-                        f"another run is writing here ({holder})", where=str(self.path), fix="wait for it, or choose another run_name"
+                        f"another run is writing here ({holder})",
+                        where=str(self.path),
+                        fix="wait for it, or choose another run_name",
                     ) from None
                 self.lock.unlink(missing_ok=True)
                 continue
@@ -149,7 +171,9 @@ class RunDir:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file by rename in the same folder."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
     temporary.replace(path)
 
 
@@ -180,7 +204,9 @@ class Journal:
         """One line of metrics; a non-finite number is written as a string, as JSON has none."""
         self.latest.update(values)
         plain = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
-        self._write(self._metrics, {"step": step, "time": round(time.monotonic() - self.start_time, 3), **plain})
+        self._write(
+            self._metrics, {"step": step, "time": round(time.monotonic() - self.start_time, 3), **plain}
+        )
 
     def sample(self, sample: Sample) -> None:
         """One line of samples.jsonl."""

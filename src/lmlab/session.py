@@ -88,7 +88,9 @@ class Session:
         hardware = choose_hardware(config.trainer.accelerator, precision)
         torch.manual_seed(config.seed + self.rank)
         meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
-        built = build_trained_model(self.run, config, hardware, stream=prepared.meta["stream"], meter=meter, say=self.say)
+        built = build_trained_model(
+            self.run, config, hardware, stream=prepared.meta["stream"], meter=meter, say=self.say
+        )
         self.figures.update(built.figures)
         self._open_tracker()
         max_steps = config.trainer.steps(len(prepared.rows("train")))
@@ -152,10 +154,19 @@ class Session:
         extra = [callback.build() for callback in config.callbacks.values()]
         callbacks = fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra)
         trainer = fitting.build_trainer(
-            config.trainer, hardware, max_steps=max_steps, callbacks=callbacks, root=self.run.path, world_size=world_size(config)
+            config.trainer,
+            hardware,
+            max_steps=max_steps,
+            callbacks=callbacks,
+            root=self.run.path,
+            world_size=world_size(config),
         )
-        result = fitting.fit(trainer, module, datamodule, checkpoints=checkpoints, stop=stop, resume_from=self._resume_from())
-        self.figures.update({"steps": result.steps, "best/val_loss": result.best_loss, "best/step": result.best_step})
+        result = fitting.fit(
+            trainer, module, datamodule, checkpoints=checkpoints, stop=stop, resume_from=self._resume_from()
+        )
+        self.figures.update(
+            {"steps": result.steps, "best/val_loss": result.best_loss, "best/step": result.best_step}
+        )
         if module.skipped_steps:
             self.figures["skipped_steps"] = module.skipped_steps
         return 0 if result.signal is None else 128 + result.signal
@@ -185,7 +196,11 @@ class Session:
             config.logger,
             run_dir=self.run.path,
             settings=config.model_dump(mode="json"),
-            tags=[f"adapter:{config.adapter.kind}", f"quant:{config.quant.kind}", f"model:{config.model.label}"],
+            tags=[
+                f"adapter:{config.adapter.kind}",
+                f"quant:{config.quant.kind}",
+                f"model:{config.model.label}",
+            ],
             job_type=config.task,
             say=self.say,
         )
@@ -197,11 +212,20 @@ class Session:
         figures = self.figures
         trained = figures["model/params_trainable"] / figures["model/params_total"]
         dropped = sum(report["records_dropped"].values())
-        notes = [f"{dropped} dropped" if dropped else "", f"{report['records_truncated']} truncated" if report["records_truncated"] else ""]
+        notes = [
+            f"{dropped} dropped" if dropped else "",
+            f"{report['records_truncated']} truncated" if report["records_truncated"] else "",
+        ]
         rows = [
             ("task", f"{config.task}, seed {config.seed}"),
-            ("model", f"{config.model.label}: {figures['model/params_total']:,} parameters, {figures['model/params_trainable']:,} trained ({trained:.2%})"),
-            ("adapter", f"{config.adapter.kind} over {config.quant.kind} ({figures['model/base_bits_per_param']:.2f} bits per parameter)"),
+            (
+                "model",
+                f"{config.model.label}: {figures['model/params_total']:,} parameters, {figures['model/params_trainable']:,} trained ({trained:.2%})",
+            ),
+            (
+                "adapter",
+                f"{config.adapter.kind} over {config.quant.kind} ({figures['model/base_bits_per_param']:.2f} bits per parameter)",
+            ),
             (
                 "data",
                 f"{config.data.kind} as {prepared.meta['format']}: {report['train']['records']:,} + {report['val']['records']:,} validation records, "
@@ -213,7 +237,10 @@ class Session:
                 f"{max_steps} of {config.trainer.rows_per_step} {'windows' if prepared.meta['stream'] else 'examples'}"
                 + (f" ({world_size(config)} ranks)" if world_size(config) > 1 else ""),
             ),
-            ("compute", f"{hardware.device.type}, {hardware.precision} ({hardware.reason}), {built.optim.name} lr {built.optim.lr:g} {built.optim.schedule}"),
+            (
+                "compute",
+                f"{hardware.device.type}, {hardware.precision} ({hardware.reason}), {built.optim.name} lr {built.optim.lr:g} {built.optim.schedule}",
+            ),
             ("layout", "flat rows, packed attention" if built.flat else "rectangular rows"),
             ("output", os.path.relpath(self.run.path)),
         ]
@@ -232,7 +259,12 @@ class Session:
             return
         status = "finished" if code == 0 else "interrupted" if code in (130, 143) else "failed"
         latest = dict(self.journal.latest) if self.journal is not None else {}
-        summary: dict[str, Any] = {"status": status, "exit_code": code, **({"error": reason} if reason else {}), **self.figures}
+        summary: dict[str, Any] = {
+            "status": status,
+            "exit_code": code,
+            **({"error": reason} if reason else {}),
+            **self.figures,
+        }
         summary.update({f"final/{name}": value for name, value in latest.items()})
         if self._speeds:
             summary["perf/tokens_per_second_median"] = statistics.median(self._speeds)
@@ -252,7 +284,9 @@ class Session:
             from lmlab.tracking.report import write_report
 
             write_report(self.run.path)
-        except Exception as error:  # a page that cannot be drawn must not turn a finished run into a failed one
+        except (
+            Exception
+        ) as error:  # a page that cannot be drawn must not turn a finished run into a failed one
             self.say(f"warning: report.html was not written: {type(error).__name__}: {error}")
 
     def _print_samples(self) -> None:
@@ -282,14 +316,25 @@ class BuiltModel:
     """What `build_trained_model` made: the model to train and what goes with it."""
 
     def __init__(
-        self, model: Any, *, flat: bool, optim: Any, generator: Any, save_weights: Callable[[Path], None], figures: dict[str, Any]
+        self,
+        model: Any,
+        *,
+        flat: bool,
+        optim: Any,
+        generator: Any,
+        save_weights: Callable[[Path], None],
+        figures: dict[str, Any],
     ) -> None:
         self.model, self.flat, self.optim, self.generator = model, flat, optim, generator
         self.save_weights, self.figures = save_weights, figures
 
 
-def build_trained_model(run: RunDir, config: RunConfig, hardware: Any, *, stream: bool, meter: Any, say: Callable[[str], None]) -> BuiltModel:
+def build_trained_model(
+    run: RunDir, config: RunConfig, hardware: Any, *, stream: bool, meter: Any, say: Callable[[str], None]
+) -> BuiltModel:
     """Build -> load weights -> quantize -> adapt, on this rank's own device."""
+    from transformers.utils.logging import disable_progress_bar
+
     from lmlab.models.adapters import count_parameters
     from lmlab.models.attention import supports_flat, use_packed_attention
     from lmlab.models.build import Scratch, base_fingerprint, build_model
@@ -297,20 +342,27 @@ def build_trained_model(run: RunDir, config: RunConfig, hardware: Any, *, stream
     from lmlab.tokenizers.load import load_tokenizer
 
     meter.start("load")
+    disable_progress_bar()  # one bar is enough: the run's own
     tokenizer = load_tokenizer(run.tokenizer)
     hf_config = config.model.hf_config(len(tokenizer))
-    model = build_model(config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device)
+    model = build_model(
+        config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device
+    )
     base_path, fingerprint = config.model.source, None
     if config.adapter.freezes_base:
         fingerprint = base_fingerprint(model)
-        if isinstance(config.model, Scratch):  # an adapter is worth nothing without the base it was trained on
+        if isinstance(
+            config.model, Scratch
+        ):  # an adapter is worth nothing without the base it was trained on
             base_path = str(run.base)
             if int(os.environ.get("RANK", "0")) == 0:
                 model.save_pretrained(run.base)
                 tokenizer.save_pretrained(run.base)
         config.quant.apply(model, compute_dtype=hardware.compute_dtype)
     elif mixed_precision_instead(config):
-        say(f"adapter=none with quant={config.quant.kind} trains fp32 weights in {hardware.precision} mixed precision")
+        say(
+            f"adapter=none with quant={config.quant.kind} trains fp32 weights in {hardware.precision} mixed precision"
+        )
     storage = linear_storage(model)
     params = sum(layer.shape[0] * layer.shape[1] for layer in storage)
     figures: dict[str, Any] = {
@@ -340,7 +392,9 @@ def build_trained_model(run: RunDir, config: RunConfig, hardware: Any, *, stream
 def _effective_optim(config: RunConfig, hardware: Any, say: Callable[[str], None]) -> Any:
     """QLoRA on a GPU takes the paged 8-bit AdamW in place of AdamW, as in its paper; said, not silent."""
     if config.adapter.kind == "qlora" and hardware.device.type == "cuda" and config.optim.name == "adamw":
-        say("adapter=qlora on a GPU: paged 8-bit AdamW in place of AdamW (optim.name=adamw8bit or sgd to choose another)")
+        say(
+            "adapter=qlora on a GPU: paged 8-bit AdamW in place of AdamW (optim.name=adamw8bit or sgd to choose another)"
+        )
         return config.optim.model_copy(update={"name": "paged_adamw8bit"})
     return config.optim
 
@@ -389,7 +443,9 @@ def weights_info(run: RunDir, config: RunConfig, fingerprint: dict[str, str] | N
     }
 
 
-def save_weights(model: Any, tokenizer: Any, folder: Path, *, base_path: str | None, info: dict[str, Any]) -> None:
+def save_weights(
+    model: Any, tokenizer: Any, folder: Path, *, base_path: str | None, info: dict[str, Any]
+) -> None:
     """``folder/adapter`` (loads with PEFT alone) or ``folder/model`` (loads with transformers alone), by rename."""
     is_adapter = hasattr(model, "peft_config")
     target = folder / ("adapter" if is_adapter else "model")
@@ -424,7 +480,9 @@ def _shown(prompt: str, template: str | None) -> str:
     """A prompt without its template's headings, for tables."""
     if template is None:
         return prompt
-    lines = [line for line in prompt.splitlines() if line.strip() and not line.startswith(("### ", "Below is"))]
+    lines = [
+        line for line in prompt.splitlines() if line.strip() and not line.startswith(("### ", "Below is"))
+    ]
     return "\n".join(lines) or prompt
 
 
@@ -442,14 +500,35 @@ def environment() -> dict[str, Any]:
     """Versions and hardware for run.json; nothing from the environment variables."""
     from importlib.metadata import version
 
-    names = ("lightning", "hydra-core", "omegaconf", "torch", "transformers", "peft", "bitsandbytes", "wandb", "torchmetrics", "pydantic", "datasets", "tokenizers")
+    names = (
+        "lightning",
+        "hydra-core",
+        "omegaconf",
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "wandb",
+        "torchmetrics",
+        "pydantic",
+        "datasets",
+        "tokenizers",
+    )
     versions = {"python": platform.python_version()}
     for name in names:
         try:
             versions[name] = version(name)
         except Exception:
             versions[name] = "absent"
-    return {"versions": versions, "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count(), "gpus": _gpus()}}
+    return {
+        "versions": versions,
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpus": os.cpu_count(),
+            "gpus": _gpus(),
+        },
+    }
 
 
 def _gpus() -> list[str]:

@@ -70,7 +70,9 @@ def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None
         UserError: whatever would stop the run later, if it can be known now.
     """
     if config.resume is not None and config.run_name is None:
-        raise UserError("resume needs the run's name", where="run_name", fix="add run_name=... of the run to go on with")
+        raise UserError(
+            "resume needs the run's name", where="run_name", fix="add run_name=... of the run to go on with"
+        )
     name = check_run_name(config.run_name or run_name(overrides))
     run = RunDir(folder if folder is not None else Path(config.output_root) / config.task / name)
     run.check_free(overwrite=config.overwrite, resume=config.resume is not None)
@@ -99,11 +101,15 @@ def _check_model(config: RunConfig, tokenizer_size: int) -> None:
     limit = context_length(hf_config)
     if limit is not None and config.data.max_length > limit:
         raise UserError(
-            f"data.max_length={config.data.max_length} is beyond the model's context of {limit}", where="data.max_length", fix=f"at most {limit}"
+            f"data.max_length={config.data.max_length} is beyond the model's context of {limit}",
+            where="data.max_length",
+            fix=f"at most {limit}",
         )
     if config.tokenizer.kind != "bpe":
         tokenizer = load_tokenizer(_tokenizer_source(config))
-        check_vocabulary(tokenizer, hf_config.get_text_config().vocab_size, where=f"model {config.model.label}")
+        check_vocabulary(
+            tokenizer, hf_config.get_text_config().vocab_size, where=f"model {config.model.label}"
+        )
 
 
 def _tokenizer_source(config: RunConfig) -> str:
@@ -130,11 +136,19 @@ def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
         if not folder.exists():
             _save_tokenizer(tokenizer, folder)
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-text token", where="tokenizer", fix="set eos_token in its tokenizer_config.json")
+        raise UserError(
+            "the tokenizer has no end-of-text token",
+            where="tokenizer",
+            fix="set eos_token in its tokenizer_config.json",
+        )
     add_bos = adds_bos(tokenizer)
 
     def render_chat(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
 
     encoder = TextEncoder(
         encode=lambda text: encode_document(tokenizer, text, add_bos=add_bos),
@@ -151,7 +165,15 @@ def _trained_bpe(config: RunConfig) -> Path:
     from lmlab.tokenizers.train import train_bpe
 
     settings = config.tokenizer.model_dump(exclude={"kind"})
-    parts = [settings, config.data.content_key(), config.data.format_for(config.task), config.data.val_fraction, config.data.template, config.task, 1]
+    parts = [
+        settings,
+        config.data.content_key(),
+        config.data.format_for(config.task),
+        config.data.val_fraction,
+        config.data.template,
+        config.task,
+        1,
+    ]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     folder = cache_root() / "tokenizers" / f"bpe-{key[:24]}"
     if not folder.exists():
@@ -203,10 +225,15 @@ def _git() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
 
     try:
         commit, diff = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return {"git_commit": None, "git_diff_hash": None}
-    return {"git_commit": commit, "git_diff_hash": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None}
+    return {
+        "git_commit": commit,
+        "git_diff_hash": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None,
+    }

@@ -61,7 +61,10 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
         rank, failure = error.get_first_failure()
         code = int(read_json(run.summary).get("exit_code") or 1)
         if read_json(run.summary).get("status") != "finished" and code == 1:
-            print(f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above", file=sys.stderr)
+            print(
+                f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above",
+                file=sys.stderr,
+            )
     except SignalException as error:
         code = 128 + int(error.sigval)
     summary = read_json(run.summary)
@@ -89,10 +92,15 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
         code, reason = 130, "stopped by Ctrl-C"
     except SystemExit as error:
         code, reason = (error.code if isinstance(error.code, int) else 1), "stopped"
-    except Exception as error:  # the last resort: whatever it was, it is written down and the run is closed as failed
+    except (
+        Exception
+    ) as error:  # the last resort: whatever it was, it is written down and the run is closed as failed
         reason = f"{type(error).__name__}: {error}"
         if _out_of_memory(error):
-            print(f"error: out of memory: {_short(error)}: lower trainer.batch_size or data.max_length, or use adapter=qlora", file=sys.stderr)
+            print(
+                f"error: out of memory: {_short(error)}: lower trainer.batch_size or data.max_length, or use adapter=qlora",
+                file=sys.stderr,
+            )
         else:
             traceback.print_exc()
             print(f"error: the run failed: {_short(error)} (the lines above say where)", file=sys.stderr)
@@ -119,7 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     load_env()
     try:
         if len(given) != 1:
-            raise UserError("one run directory is needed", where="lmlab.worker", fix="python -m lmlab.worker RUN_DIR")
+            raise UserError(
+                "one run directory is needed", where="lmlab.worker", fix="python -m lmlab.worker RUN_DIR"
+            )
         run = RunDir(Path(given[0]))
         config: Any = load_frozen(run.config)
         return launch(run, config)

@@ -20,7 +20,7 @@ import pytest
 
 from lmlab.records import Sample, UserError
 from lmlab.tracking import plots
-from lmlab.tracking.report import read_run, render, sample_groups, status, write_report
+from lmlab.tracking.report import RunFiles, flatten, read_run, render, sample_groups, status, write_report
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)> & "quoted"'
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
@@ -72,7 +72,7 @@ def sample_rows() -> list[dict[str, Any]]:
             for sampler in ("greedy", "top_p_temperature"):
                 text = f"Return a copy of the string\n    with {step} words removed.\n\n    >>> ' x '.strip()\n    'x'"
                 if step == 0:
-                    text = "" if number else HOSTILE
+                    text = ("" if sampler == "greedy" else " \n\n") if number else HOSTILE
                 stop = "eos" if step else "length"
                 rows.append(
                     Sample(step, number, prompt, sampler, 7 + number, text, 24 + step // 10, stop).row()
@@ -220,6 +220,8 @@ def test_sample_text_is_escaped_and_kept_as_it_is(run_dir: Path) -> None:
     assert "&lt;script src=" in html
     assert "<script" not in html
     assert HOSTILE in page.words
+    assert "(no text)" in page.words
+    assert "(only white space: 3 characters, 2 line breaks)" in page.words
     assert "with 200 words removed.\n\n    >>> ' x '.strip()\n    'x'" in page.words
 
 
@@ -317,6 +319,24 @@ def test_status_without_a_summary_is_not_called_finished(run_dir: Path) -> None:
     run = read_run(run_dir)
     assert status(run)["kind"] == "open"
     assert "summary.json is incomplete" in " ".join(run.notices)
+
+
+@pytest.mark.parametrize(
+    ("summary", "kind"),
+    [({"exit_code": 143, "status": "interrupted"}, "open"), ({"exit_code": None, "status": "running"}, "open"),
+     ({"exit_code": 1}, "bad"), ({"exit_code": 0}, "good"), ({"status": "failed"}, "bad")],
+)  # fmt: skip
+def test_how_a_run_ended(summary: dict[str, Any], kind: str) -> None:
+    told = status(RunFiles(Path("x"), summary=summary))
+    assert told["kind"] == kind
+    assert ("still going" in told["reason"]) == (summary.get("status") == "running")
+
+
+def test_one_wrong_timing_does_not_flatten_the_throughput_plot() -> None:
+    rows = [{"step": step, "perf/tokens_per_second": 2e12 if step == 1 else 1000.0} for step in range(1, 6)]
+    panel = plots.panels(rows, {})[0]
+    assert (panel.top, panel.note) == (3000.0, "1 value above 3,000 cut off")
+    assert flatten({"dropped": {}, "gpus": []}) == {"dropped": "none", "gpus": "none"}
 
 
 def test_values_that_are_not_finite_are_named(run_dir: Path) -> None:

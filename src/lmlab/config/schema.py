@@ -21,7 +21,7 @@ from lmlab.models.head import LossConfig
 from lmlab.models.quantize import QuantConfig
 from lmlab.records import RefusedError, UserError
 from lmlab.registry import Config
-from lmlab.tokenizers.load import BPETokenizer, FileTokenizer, FromModelTokenizer
+from lmlab.tokenizers import BPETokenizer, FileTokenizer, FromModelTokenizer
 from lmlab.tracking.wandb import LoggerConfig
 from lmlab.training.options import CallbackConfig, CheckpointConfig, OptimConfig, SamplesConfig, TrainerConfig
 
@@ -75,7 +75,9 @@ def run_config_class() -> type[RunConfig]:
         "callbacks": dict[str, registry.callbacks.union()],
         "metrics": dict[str, registry.metrics.union()],
     }
-    return create_model("RunConfig", __base__=RunConfig, **{name: (union, ...) for name, union in unions.items()})
+    return create_model(
+        "RunConfig", __base__=RunConfig, **{name: (union, ...) for name, union in unions.items()}
+    )
 
 
 def check_rules(config: RunConfig) -> None:
@@ -94,17 +96,31 @@ def check_rules(config: RunConfig) -> None:
             fix="give one of the two and null for the other",
         )
     if isinstance(config.model, Scratch) and config.tokenizer.kind == "from_model":
-        raise UserError("a model from scratch brings no tokenizer", where="tokenizer", fix="use tokenizer=bpe or tokenizer=file")
+        raise UserError(
+            "a model from scratch brings no tokenizer",
+            where="tokenizer",
+            fix="use tokenizer=bpe or tokenizer=file",
+        )
     if not isinstance(config.model, Scratch) and config.tokenizer.kind == "bpe":
-        raise UserError("a pretrained model cannot take a new vocabulary", where="tokenizer", fix="use tokenizer=from_model")
+        raise UserError(
+            "a pretrained model cannot take a new vocabulary",
+            where="tokenizer",
+            fix="use tokenizer=from_model",
+        )
     if trainer.precision == "fp16" and trainer.accelerator == "cpu":
-        raise UserError("trainer.precision=fp16 on a CPU", where="trainer.precision", fix="use bf16 or fp32 there")
+        raise UserError(
+            "trainer.precision=fp16 on a CPU", where="trainer.precision", fix="use bf16 or fp32 there"
+        )
 
 
 def _check_adapter_and_quant(config: RunConfig) -> None:
     adapter, quant = config.adapter.kind, config.quant.kind
     if adapter == "qlora" and quant not in ("nf4", "fp4"):
-        raise RefusedError(f"adapter=qlora over quant={quant}", where="quant", fix="use quant=nf4 or quant=fp4, or adapter=lora")
+        raise RefusedError(
+            f"adapter=qlora over quant={quant}",
+            where="quant",
+            fix="use quant=nf4 or quant=fp4, or adapter=lora",
+        )
     if config.adapter.freezes_base or quant == "none":
         return
     if quant in ("fp16", "bf16"):

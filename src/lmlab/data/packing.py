@@ -74,8 +74,8 @@ def shifted(tokens: np.ndarray, trained: np.ndarray) -> tuple[torch.Tensor, torc
 
     Tokens ``a b c`` with ``b`` and ``c`` trained give input ``a b`` and labels ``b c``. int64 ``[length - 1]`` each.
     """
-    ids = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
-    keep = torch.from_numpy(np.asarray(trained[1:], dtype=bool))
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    keep = torch.from_numpy(trained[1:].copy())  # a memory map is read-only, which torch does not know
     return ids[:-1], torch.where(keep, ids[1:], IGNORE_INDEX)
 
 

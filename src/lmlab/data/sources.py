@@ -134,7 +134,10 @@ class Skills(DataConfig):
     data_seed: int
 
     def content_key(self) -> str:
-        return f"{embedded_corpus()['key']}-{self.level}-{self.num_records}-{self.data_seed}"
+        from lmlab.data import skills
+
+        generator = hashlib.sha256(Path(skills.__file__).read_bytes()).hexdigest()[:8]
+        return f"{embedded_corpus()['key']}-{generator}-{self.level}-{self.num_records}-{self.data_seed}"
 
     def records(self, intake: Intake, *, task: str) -> Iterator[Record]:
         from lmlab.data import skills

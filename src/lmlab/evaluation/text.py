@@ -57,7 +57,9 @@ def make_exact_match() -> Any:
             self.add_state("cases", torch.tensor(0), dist_reduce_fx="sum")
 
         def update(self, texts: Sequence[str], references: Sequence[str]) -> None:
-            self.hits += sum(text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True))
+            self.hits += sum(
+                text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)
+            )
             self.cases += len(references)
 
         def compute(self) -> torch.Tensor:

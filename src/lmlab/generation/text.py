@@ -40,7 +40,12 @@ class TextGenerator:
     batch_size: int = 64
 
     def __call__(
-        self, prompts: Sequence[str], *, sampler: SamplerConfig, seeds: Sequence[int], on_text: Callable[[int, str], None] | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        sampler: SamplerConfig,
+        seeds: Sequence[int],
+        on_text: Callable[[int, str], None] | None = None,
     ) -> list[GeneratedText]:
         """Continue each prompt; row i is drawn from ``seeds[i]`` whatever else is in the batch.
 
@@ -50,7 +55,11 @@ class TextGenerator:
         results: list[GeneratedText] = []
         for start in range(0, len(prompts), self.batch_size):
             ids = [self.encode(prompt) for prompt in prompts[start : start + self.batch_size]]
-            told = None if on_text is None else (lambda i, token, start=start: on_text(start + i, self.decode([token])))
+            told = (
+                None
+                if on_text is None
+                else (lambda i, token, start=start: on_text(start + i, self.decode([token])))
+            )
             with self.around():
                 rows = generate(
                     self.model,
@@ -60,5 +69,7 @@ class TextGenerator:
                     seeds=seeds[start : start + self.batch_size],
                     on_token=told,
                 )
-            results += [GeneratedText(self.decode(row.token_ids), len(row.token_ids), row.stop_reason) for row in rows]
+            results += [
+                GeneratedText(self.decode(row.token_ids), len(row.token_ids), row.stop_reason) for row in rows
+            ]
         return results

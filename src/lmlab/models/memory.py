@@ -7,6 +7,7 @@ at the phase's end is reported instead. GB are 10^9 bytes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,10 +70,9 @@ class MemoryMeter:
 
             torch.cuda.reset_peak_memory_stats()
             return
-        try:
+        # Not Linux, or not allowed: VmHWM then is the peak of the whole process.
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass  # not Linux, or not allowed: VmHWM then is the peak of the whole process
 
 
 def _status_gb(field: str) -> float:

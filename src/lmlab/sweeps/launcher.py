@@ -27,7 +27,15 @@ from lmlab.journal import RunDir, check_run_name, read_json, slug
 from lmlab.records import RefusedError, UserError
 from lmlab.start import create_run, plan_run, run_name
 
-FIGURES = ("final/val/loss", "best/val_loss", "final/val/exact_match", "model/params_trainable", "model/base_bits_per_param", "memory/peak_gb", "perf/tokens_per_second_median")
+FIGURES = (
+    "final/val/loss",
+    "best/val_loss",
+    "final/val/exact_match",
+    "model/params_trainable",
+    "model/base_bits_per_param",
+    "memory/peak_gb",
+    "perf/tokens_per_second_median",
+)
 
 
 @dataclass
@@ -51,7 +59,9 @@ class Job:
     started: float = 0.0
 
 
-def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any], arguments: Sequence[str]) -> int:
+def run_jobs(
+    jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any], arguments: Sequence[str]
+) -> int:
     """Run all ``jobs`` (lists of overrides); 0 if all finished or were refused, 1 if one failed, 130 on Ctrl-C.
 
     Args:
@@ -61,14 +71,25 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any], 
     console = Console()
     first = _validated(compose(list(jobs[0])), refused_is_fine=True)
     name = _sweep_name(first, arguments)
-    root = Path(first.output_root if first is not None else os.environ.get("LMLAB_OUTPUT_ROOT", "outputs")) / "sweeps" / name
+    root = (
+        Path(first.output_root if first is not None else os.environ.get("LMLAB_OUTPUT_ROOT", "outputs"))
+        / "sweeps"
+        / name
+    )
     varied = _varied(jobs)
     queue = [
-        Job(number, list(overrides), _label(overrides, varied), root / f"{number}-{slug(_label(overrides, varied), max_length=60)}")
+        Job(
+            number,
+            list(overrides),
+            _label(overrides, varied),
+            root / f"{number}-{slug(_label(overrides, varied), max_length=60)}",
+        )
         for number, overrides in enumerate(jobs)
     ]
     at_once = first.launcher.jobs if first is not None else 1
-    console.print(f"{len(queue)} jobs, {at_once} at a time, in {os.path.relpath(root)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(queue)} jobs, {at_once} at a time, in {os.path.relpath(root)}", highlight=False, soft_wrap=True
+    )
     code = 0
     try:
         _run_all(queue, at_once, compose, name, console)
@@ -87,16 +108,28 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any], 
     return code or (1 if failed else 0)
 
 
-def _run_all(queue: list[Job], at_once: int, compose: Callable[[list[str]], Any], sweep: str, console: Console) -> None:
+def _run_all(
+    queue: list[Job], at_once: int, compose: Callable[[list[str]], Any], sweep: str, console: Console
+) -> None:
     waiting, running = list(queue), []
     while waiting or running:
         while waiting and len(running) < at_once:
             job = waiting.pop(0)
             if _start(job, compose, sweep):
                 running.append(job)
-                console.print(f"[{job.number + 1}/{len(queue)}] {job.label}", markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    f"[{job.number + 1}/{len(queue)}] {job.label}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
             else:
-                console.print(f"[{job.number + 1}/{len(queue)}] {job.label}: {job.status}", markup=False, highlight=False, soft_wrap=True)
+                console.print(
+                    f"[{job.number + 1}/{len(queue)}] {job.label}: {job.status}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
         for job in [j for j in running if j.process is not None and j.process.poll() is not None]:
             running.remove(job)
             _finish(job)
@@ -116,7 +149,10 @@ def _start(job: Job, compose: Callable[[list[str]], Any], sweep: str) -> bool:
         except (HydraException, OmegaConfBaseException) as error:
             raise hydra_error(error) from error
         config = config.model_copy(
-            update={"run_name": check_run_name(job.folder.name), "logger": config.logger.model_copy(update={"group": config.logger.group or sweep})}
+            update={
+                "run_name": check_run_name(job.folder.name),
+                "logger": config.logger.model_copy(update={"group": config.logger.group or sweep}),
+            }
         )
         plan = plan_run(config, job.overrides, folder=job.folder)
         create_run(plan, job.overrides)
@@ -128,7 +164,9 @@ def _start(job: Job, compose: Callable[[list[str]], Any], sweep: str) -> bool:
         return False
     job.run = plan.run
     plan.run.release()  # the job's own process is the writer; this parent only waits
-    job.process = subprocess.Popen([sys.executable, "-m", "lmlab.worker", str(plan.run.path)], start_new_session=True)
+    job.process = subprocess.Popen(
+        [sys.executable, "-m", "lmlab.worker", str(plan.run.path)], start_new_session=True
+    )
     job.status = "running"
     return True
 
@@ -209,7 +247,18 @@ def _write_results(root: Path, queue: Sequence[Job]) -> None:
 
 def _table(queue: Sequence[Job]) -> Table:
     table = Table(title="jobs")
-    for column in ("job", "status", "val/loss", "best", "exact", "trained", "bits/param", "peak GB", "tokens/s", "seconds"):
+    for column in (
+        "job",
+        "status",
+        "val/loss",
+        "best",
+        "exact",
+        "trained",
+        "bits/param",
+        "peak GB",
+        "tokens/s",
+        "seconds",
+    ):
         table.add_column(column, overflow="fold", justify="left" if column in ("job", "status") else "right")
 
     def number(value: Any, form: str) -> str:

@@ -33,11 +33,15 @@ def expand(arguments: Sequence[str], config_loader: Any) -> list[list[str]]:
     for override in parser.parse_overrides(list(arguments)):
         key = override.get_key_element()
         if override.is_interval_sweep():
-            raise UserError(f"{override.input_line} has no list of values", where=key, fix="use choice(...) or range(...)")
+            raise UserError(
+                f"{override.input_line} has no list of values", where=key, fix="use choice(...) or range(...)"
+            )
         if override.is_sweep_override():
-            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()] if not override.is_choice_sweep() else [
-                f"{key}={value}" for value in override.sweep_iterator(transformer=Transformer.encode)
-            ])
+            axes.append(
+                [f"{key}={value}" for value in override.sweep_string_iterator()]
+                if not override.is_choice_sweep()
+                else [f"{key}={value}" for value in override.sweep_iterator(transformer=Transformer.encode)]
+            )
         else:
             axes.append([str(override.input_line)])
     return [list(combination) for combination in itertools.product(*axes)]
@@ -64,7 +68,11 @@ class LmlabSweeper(Sweeper):
         assert self.config is not None
         loader = self.hydra_context.config_loader
         jobs = expand(arguments, loader)
-        code = run_jobs(jobs, compose=lambda overrides: loader.load_sweep_config(self.config, overrides), arguments=arguments)
+        code = run_jobs(
+            jobs,
+            compose=lambda overrides: loader.load_sweep_config(self.config, overrides),
+            arguments=arguments,
+        )
         sys.exit(code)
 
 

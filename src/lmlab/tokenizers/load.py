@@ -20,9 +20,8 @@ from lmlab import registry
 from lmlab.records import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -216,10 +215,10 @@ def encode_document(
         reached = max(reached, end)
     if add_bos:
         bos = tokenizer.bos_token_id
-        if bos is None:
+        if not isinstance(bos, int):
             raise UserError("the tokenizer has no BOS token", where="tokenizer", fix="encode without one")
         if ids[:1] != [bos]:
-            ids, offsets = [bos, *ids], [(0, 0), *offsets]
+            return [bos, *ids], [(0, 0), *offsets]
     return ids, offsets
 
 

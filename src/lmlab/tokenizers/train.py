@@ -23,10 +23,9 @@ from lmlab import registry
 from lmlab.records import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
-
-    from tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -53,7 +53,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one plot shows. ``mark`` is one point singled out: its label, step and value."""
+    """What one plot shows. ``mark`` is a point singled out (label, step, value); above ``top`` it is cut off."""
 
     key: str
     title: str
@@ -61,6 +61,16 @@ class Panel:
     bars: tuple[Bar, ...] = ()
     mark: tuple[str, int, float] | None = None
     log: bool = False
+    top: float | None = None
+
+    @property
+    def note(self) -> str:
+        """What must be known to read the plot rightly."""
+        above = sum(value > self.top for value in self.lines[0].points.values()) if self.top else 0
+        cut = (
+            f"{above} value{'' if above == 1 else 's'} above {short(self.top or 0)} cut off" if above else ""
+        )
+        return "log scale" if self.log else cut
 
     @property
     def description(self) -> str:
@@ -189,7 +199,9 @@ def panels(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
         Panel("memory_steps", "Memory over the run, GB", tuple(levels)),
         Panel("throughput", "Tokens per second",
               (Line("non-padding tokens/s", thin(speed)),
-               Line("median", dict.fromkeys((min(speed), max(speed)), middle), "dashed", 1)) if speed else ()),
+               Line("median", dict.fromkeys((min(speed), max(speed)), middle), "dashed", 1)) if speed else (),
+              # One log point timed wrongly must not press all others onto the axis.
+              top=float(f"{3 * middle:.1e}") if speed and max(speed.values()) > 5 * middle > 0 else None),
     ]  # fmt: skip
     return [panel for panel in drawn if panel.lines or panel.bars]
 
@@ -252,7 +264,7 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
     if panel.log:
         axes.set_yscale("log")
     elif panel.key in ("lr", "memory_steps", "throughput"):
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, top=panel.top)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("step", color=_MUTED)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 12))))

@@ -160,6 +160,8 @@ def _read_lines(run: RunFiles, name: str) -> list[dict[str, Any]]:
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested objects as one level with ``/`` between the names; lists of plain values become one text."""
+    if isinstance(value, (Mapping, list)) and not value and prefix:
+        return {prefix[:-1]: "none"}
     if isinstance(value, Mapping):
         return {k: v for name, part in value.items() for k, v in flatten(part, f"{prefix}{name}/").items()}
     if isinstance(value, list) and any(isinstance(part, (Mapping, list)) for part in value):
@@ -203,16 +205,18 @@ def status(run: RunFiles) -> dict[str, str]:
     code, word = run.summary.get("exit_code"), str(run.summary.get("status") or "")
     reason = [str(run.summary[name]) for name in ("error", "reason", "message") if run.summary.get(name)]
     trace = str(run.summary.get("traceback") or "")
-    if code not in (None, 0) or word.lower() in _WENT_WRONG:
+    if code in (130, 143) or word.lower() in ("interrupted", "running"):
+        kind = "open"
+    elif code not in (None, 0) or word.lower() in _WENT_WRONG:
         kind = "bad"
     else:
         kind = "good" if code == 0 or word.lower() in _WENT_WELL else "open"
     last = max((row["step"] for row in run.metrics), default=None)
     facts = [f"exit code {code}"] if code is not None else []
     facts += [f"last logged step {last:,}"] if last is not None else []
-    if not run.summary:
-        reason = [
-            "There is no complete summary.json: the run is still going, or it ended too suddenly to write it."
+    if not run.summary or word.lower() == "running":
+        reason += [
+            "No final summary.json was written: the run is still going, or it ended too suddenly to write it."
         ]
     return {"kind": kind, "word": word or ("unknown" if code is None else "failed" if code else "finished"),
             "facts": ", ".join(facts), "reason": "\n".join(reason), "trace": trace}  # fmt: skip

@@ -37,10 +37,25 @@ class RunLog(Callback):
         flops: for ``train/flops``.
     """
 
-    def __init__(self, options: TrainerConfig, *, log: LogMetrics, progress: Progress, flops: StepFlops, meter: MemoryMeter) -> None:
-        self.options, self.log_metrics, self.progress, self.flops, self.meter = options, log, progress, flops, meter
+    def __init__(
+        self,
+        options: TrainerConfig,
+        *,
+        log: LogMetrics,
+        progress: Progress,
+        flops: StepFlops,
+        meter: MemoryMeter,
+    ) -> None:
+        self.options, self.log_metrics, self.progress, self.flops, self.meter = (
+            options,
+            log,
+            progress,
+            flops,
+            meter,
+        )
         self.tokens = self.flops_done = 0.0
         self._clock = self._paused = 0.0
+        self._pause_began: float | None = None
         self._step = -1
 
     def state_dict(self) -> dict[str, float]:
@@ -58,13 +73,16 @@ class RunLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The clock of tokens per second starts here."""
-        self._clock = time.monotonic()
+        self._clock, self._paused, self._pause_began = time.monotonic(), 0.0, None
         self._step = trainer.global_step
         self.progress.start(trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Memory by phase is measured in steps that are logged."""
         assert isinstance(pl_module, CausalLMModule)
+        if self._pause_began is not None:
+            self._paused += time.monotonic() - self._pause_began
+            self._pause_began = None
         pl_module.measure_memory = self.options.log_due(trainer.global_step + 1)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -80,12 +98,14 @@ class RunLog(Callback):
         totals, pl_module.totals = pl_module.totals, StepTotals()
         seconds = max(1e-9, time.monotonic() - self._clock - self._paused)
         self.tokens += totals.tokens
-        self.flops_done += self.flops.of(totals.tokens, totals.supervised, totals.mean_context / max(1.0, totals.tokens))
+        self.flops_done += self.flops.of(
+            totals.tokens, totals.supervised, totals.mean_context / max(1.0, totals.tokens)
+        )
         if trainer.is_global_zero:
             values = {
                 "train/loss": totals.loss / max(1.0, totals.supervised),
                 "train/grad_norm": totals.grad_norm,
-                "train/lr": self._last_lr(trainer),
+                "train/lr": totals.lr,
                 "train/tokens": self.tokens,
                 "train/flops": self.flops_done,
                 "perf/tokens_per_second": totals.tokens / seconds,
@@ -95,18 +115,9 @@ class RunLog(Callback):
             self.progress.step(step, values)
         self._clock, self._paused = time.monotonic(), 0.0
 
-    @staticmethod
-    def _last_lr(trainer: Trainer) -> float:
-        # The scheduler steps after this hook, so this still is the rate the update was made with.
-        return float(trainer.optimizers[0].param_groups[0]["lr"])
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation time does not count as training time."""
+        """Validation, samples and checkpoints do not count as training time."""
         self._pause_began = time.monotonic()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See `on_validation_start`; callbacks after this one (samples, checkpoints) are not training either."""
-        self._paused += time.monotonic() - self._pause_began
 
     def _validated(self, trainer: Trainer, values: dict[str, float]) -> None:
         if not trainer.is_global_zero:
@@ -175,7 +186,18 @@ class SampleGrid(Callback):
                 seeds = [self.seed + index for index in range(len(self.prompts))]
                 texts = self.generator([full for _, full in self.prompts], sampler=sampler, seeds=seeds)
                 for index, (text, (shown, _)) in enumerate(zip(texts, self.prompts, strict=True)):
-                    samples.append(Sample(step, index, shown, name, seeds[index], text.text, text.new_tokens, text.stop_reason))
+                    samples.append(
+                        Sample(
+                            step,
+                            index,
+                            shown,
+                            name,
+                            seeds[index],
+                            text.text,
+                            text.new_tokens,
+                            text.stop_reason,
+                        )
+                    )
         self.log_samples(step, samples)
 
 

@@ -33,7 +33,9 @@ def checkpoint_name(step: int) -> str:
 class FolderCheckpointIO(CheckpointIO):
     """Writes and reads checkpoint folders."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
         """Write the folder ``path`` atomically."""
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -46,13 +48,18 @@ class FolderCheckpointIO(CheckpointIO):
             os.fsync(stream.fileno())
         write_json(
             temporary / "manifest.json",
-            {"step": int(checkpoint["global_step"]), "files": {"state.pt": {"bytes": state.stat().st_size, "sha256": _sha256(state)}}},
+            {
+                "step": int(checkpoint["global_step"]),
+                "files": {"state.pt": {"bytes": state.stat().st_size, "sha256": _sha256(state)}},
+            },
         )
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         _sync_folder(path.parent)
 
-    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Verify against the manifest and load; nothing in it is ever executed."""
         verify_checkpoint(Path(path))
         return torch.load(Path(path) / "state.pt", map_location=map_location or "cpu", weights_only=True)
@@ -70,11 +77,19 @@ def verify_checkpoint(path: Path) -> None:
     """
     files = read_json(path / "manifest.json").get("files")
     if not files:
-        raise UserError("not a checkpoint", where=str(path), fix="give a folder like checkpoints/step-00000200, or resume=auto")
+        raise UserError(
+            "not a checkpoint",
+            where=str(path),
+            fix="give a folder like checkpoints/step-00000200, or resume=auto",
+        )
     for name, about in files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != about["bytes"] or _sha256(file) != about["sha256"]:
-            raise UserError(f"damaged checkpoint: {name} differs from its manifest", where=str(path), fix="use an older one")
+            raise UserError(
+                f"damaged checkpoint: {name} differs from its manifest",
+                where=str(path),
+                fix="use an older one",
+            )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -173,7 +188,9 @@ class Checkpoints(Callback):
     def _validates(self, trainer: Trainer, step: int) -> bool:
         return step % self.val_every == 0 or step >= self.max_steps or trainer.should_stop
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Random states of every rank, as plain lists and tensors that `weights_only` can load."""
         states = [_rng_state()]
         if trainer.world_size > 1:
@@ -182,7 +199,9 @@ class Checkpoints(Callback):
             states = gathered
         checkpoint["rng"] = states
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Keep this rank's random state until training starts."""
         states = checkpoint.get("rng") or []
         self._rng = states[trainer.global_rank] if trainer.global_rank < len(states) else None
@@ -204,7 +223,13 @@ def _rng_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [str(version), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],  # type: ignore[arg-type]
+        "numpy": [
+            str(version),
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],  # type: ignore[arg-type]
         "python": [python_version, list(python_state), python_gauss],
     }
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 
 class Progress:
@@ -28,7 +29,13 @@ class Progress:
     def start(self, step: int) -> None:
         """Training begins after ``step`` steps."""
         if self.active and self.console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"))
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+            )
             self._bar = RichProgress(*columns, console=self.console, refresh_per_second=4)
             self._task = self._bar.add_task("training", total=self.max_steps, completed=step, figures="")
             self._bar.start()
@@ -50,7 +57,9 @@ class Progress:
             return
         names = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/exact_match")
         shown = "  ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
-        others = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k.startswith("val/") and k not in names)
+        others = "  ".join(
+            f"{k} {v:.4f}" for k, v in values.items() if k.startswith("val/") and k not in names
+        )
         self.say(f"step {step}/{self.max_steps}  {shown}  {others}".rstrip())
 
     def say(self, text: str) -> None:

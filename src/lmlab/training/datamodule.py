@@ -25,7 +25,9 @@ class LMDataModule(LightningDataModule):
         flat: flat rows (packed attention) instead of padded ones.
     """
 
-    def __init__(self, prepared: PreparedData, trainer_config: TrainerConfig, *, seed: int, flat: bool) -> None:
+    def __init__(
+        self, prepared: PreparedData, trainer_config: TrainerConfig, *, seed: int, flat: bool
+    ) -> None:
         super().__init__()
         self.options, self.seed = trainer_config, seed
         self.train_rows, self.val_rows = prepared.rows("train"), prepared.rows("val")
@@ -67,7 +69,9 @@ class LMDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def transfer_batch_to_device(self, batch: PackedBatch, device: torch.device, dataloader_idx: int) -> PackedBatch:
+    def transfer_batch_to_device(
+        self, batch: PackedBatch, device: torch.device, dataloader_idx: int
+    ) -> PackedBatch:
         """Move the tensors; lengths stay on the CPU."""
         return batch.to(device)
 

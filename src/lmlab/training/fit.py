@@ -37,7 +37,13 @@ class FitResult:
 
 
 def build_trainer(
-    options: TrainerConfig, hardware: Hardware, *, max_steps: int, callbacks: Sequence[Callback], root: Path, world_size: int
+    options: TrainerConfig,
+    hardware: Hardware,
+    *,
+    max_steps: int,
+    callbacks: Sequence[Callback],
+    root: Path,
+    world_size: int,
 ) -> Trainer:
     """The Trainer. Validation: all of it at step 0 (as Lightning's sanity check), every n steps, and at the last."""
     _quiet()
@@ -70,7 +76,9 @@ def build_trainer(
 
 def _strategy(hardware: Hardware) -> Strategy:
     backend = "nccl" if hardware.device.type == "cuda" else "gloo"
-    return DDPStrategy(process_group_backend=backend, find_unused_parameters=False, gradient_as_bucket_view=True)
+    return DDPStrategy(
+        process_group_backend=backend, find_unused_parameters=False, gradient_as_bucket_view=True
+    )
 
 
 def _quiet() -> None:
@@ -103,7 +111,13 @@ def fit(
 
 
 def loop_callbacks(
-    log: Callback, samples: Callback | None, checkpoints: Checkpoints, stop: GracefulStop, *, max_steps: int, extra: Sequence[Any]
+    log: Callback,
+    samples: Callback | None,
+    checkpoints: Checkpoints,
+    stop: GracefulStop,
+    *,
+    max_steps: int,
+    extra: Sequence[Any],
 ) -> list[Callback]:
     """In this order: stop flags first, so that those after see them; the log before what would distort its clock."""
     return [StopAtLastStep(max_steps), stop, log, *([samples] if samples else []), *extra, checkpoints]

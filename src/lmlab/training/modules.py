@@ -40,6 +40,7 @@ class StepTotals:
     tokens: float = 0.0
     steps: int = 0
     grad_norm: float = 0.0
+    lr: float = 0.0
     mean_context: float = 0.0
 
 
@@ -95,8 +96,13 @@ class CausalLMModule(LightningModule):
         self.totals = StepTotals()
         self.measure_memory = False
         self.skipped_steps = 0
-        self._window: torch.Tensor | None = None  # [loss sum, supervised, tokens, tokens * context] of this step
-        self._val_nll, self._val_tokens = SumMetric().set_dtype(torch.float64), SumMetric().set_dtype(torch.float64)
+        self._window: torch.Tensor | None = (
+            None  # [loss sum, supervised, tokens, tokens * context] of this step
+        )
+        self._val_nll, self._val_tokens = (
+            SumMetric().set_dtype(torch.float64),
+            SumMetric().set_dtype(torch.float64),
+        )
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self.on_metrics: Callable[[dict[str, float]], None] = lambda values: None
 
@@ -127,13 +133,18 @@ class CausalLMModule(LightningModule):
         window, self._window = self._window, None
         if self.trainer.world_size > 1:
             dist.all_reduce(window)
-        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches * SCALE / window[1].clamp(min=1)
+        factor = (
+            self.trainer.world_size * self.trainer.accumulate_grad_batches * SCALE / window[1].clamp(min=1)
+        )
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
         self._last_window = window
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm, remember it, and stop or skip where it is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self._trainable, gradient_clip_val or math.inf)
@@ -147,6 +158,9 @@ class CausalLMModule(LightningModule):
         self.totals.mean_context += context
         self.totals.steps += 1
         self.totals.grad_norm = value
+        self.totals.lr = float(
+            optimizer.param_groups[0]["lr"]
+        )  # the schedule moves on before the batch's last hook
 
     def _nonfinite(self, norm: float, loss: float) -> None:
         step = self.global_step + 1
@@ -183,10 +197,16 @@ class CausalLMModule(LightningModule):
         nll, tokens = float(self._val_nll.compute()), float(self._val_tokens.compute())
         self._val_nll.reset()
         self._val_tokens.reset()
-        values = {"val/loss": nll / max(1.0, tokens), **self.likelihood_metrics(nll, tokens), **self.text_metrics()}
+        values = {
+            "val/loss": nll / max(1.0, tokens),
+            **self.likelihood_metrics(nll, tokens),
+            **self.text_metrics(),
+        }
         self.meter.start(None)
         for name, value in values.items():
-            self.log(name, value, rank_zero_only=False, sync_dist=False)  # so that Lightning's own callbacks can monitor it
+            self.log(
+                name, value, rank_zero_only=False, sync_dist=False
+            )  # so that Lightning's own callbacks can monitor it
         self.on_metrics(values)
 
     def likelihood_metrics(self, nll: float, tokens: float) -> dict[str, float]:
@@ -225,7 +245,9 @@ class SFTModule(CausalLMModule):
         self.meter.start("generate")
         for name, config in about.metrics.items():
             metric = config.build().to(self.device)
-            chosen = range(self.global_rank, min(config.max_examples, len(about.prompts)), self.trainer.world_size)
+            chosen = range(
+                self.global_rank, min(config.max_examples, len(about.prompts)), self.trainer.world_size
+            )
             sampler = about.sampler.model_copy(update={"max_new_tokens": config.max_new_tokens})
             texts = about.generator([about.prompts[i] for i in chosen], sampler=sampler, seeds=list(chosen))
             metric.update([text.text for text in texts], [about.references[i] for i in chosen])

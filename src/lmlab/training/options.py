@@ -39,7 +39,10 @@ class OptimConfig(Config):
         """Matrices decay, vectors do not (as in GPT-2 and nanoGPT)."""
         trained = [p for p in parameters if p.requires_grad]
         matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         return [group for group in groups if group["params"]]
 
     def factor(self, max_steps: int) -> Callable[[int], float]:
@@ -194,4 +197,6 @@ class EarlyStoppingConfig(CallbackConfig):
     def build(self) -> Any:
         from lightning.pytorch.callbacks import EarlyStopping
 
-        return EarlyStopping(self.monitor, mode=self.mode, patience=self.patience, min_delta=self.min_delta, verbose=False)
+        return EarlyStopping(
+            self.monitor, mode=self.mode, patience=self.patience, min_delta=self.min_delta, verbose=False
+        )
