@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 import subprocess
@@ -193,8 +194,6 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def create_run(plan: Plan, overrides: Sequence[str]) -> None:
     """Make, lock and fill the run's directory; config.yaml comes last and marks it as complete."""
-    from lmlab.session import environment
-
     run, config = plan.run, plan.config
     run.create(overwrite=config.overwrite, resume=config.resume is not None)
     shutil.copytree(plan.tokenizer, run.tokenizer, dirs_exist_ok=True)
@@ -212,7 +211,7 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
             "tokenizer_hash": plan.tokenizer.name,
             "prepared": str(plan.prepared.folder),
             **_git(),
-            **environment(),
+            **_environment(),
         },
     )
     temporary = run.config.with_suffix(".tmp")
@@ -237,3 +236,44 @@ def _git() -> dict[str, Any]:
         "git_commit": commit,
         "git_diff_hash": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None,
     }
+
+
+def _environment() -> dict[str, Any]:
+    """Versions and hardware for run.json; nothing from the environment variables."""
+    from importlib.metadata import version
+
+    names = (
+        "lightning",
+        "hydra-core",
+        "omegaconf",
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "wandb",
+        "torchmetrics",
+        "pydantic",
+        "datasets",
+        "tokenizers",
+    )
+    versions = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except Exception:
+            versions[name] = "absent"
+    return {
+        "versions": versions,
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpus": os.cpu_count(),
+            "gpus": _gpus(),
+        },
+    }
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

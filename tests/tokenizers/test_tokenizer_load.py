@@ -62,9 +62,8 @@ def stories() -> Any:
 
 def trimming() -> Any:
     """A tokenizer as Llama 3 has it: spaces left out of the offsets, and a BOS from the post-processor."""
-    from transformers import PreTrainedTokenizerFast
-
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
 
     backend: Any = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)

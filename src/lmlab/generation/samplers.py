@@ -10,12 +10,13 @@ neither.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationError
 
-from lmlab.registry import Config, samplers
+from lmlab.records import UserError
+from lmlab.registry import Config, samplers, suggest
 
 if TYPE_CHECKING:
     import torch
@@ -183,3 +184,24 @@ class TopPTemperatureSampler(_TemperedSampler):
     def processors(self) -> LogitsProcessorList:
         """The temperature warper, then top-p."""
         return build_processors(self.temperature, top_p=self.top_p)
+
+
+def load_sampler(values: Mapping[str, Any]) -> SamplerConfig:
+    """A sampler from plain values.
+
+    Raises:
+        UserError: an unknown kind, a field that kind does not have, or a value out of range.
+    """
+    kind = str(values.get("kind"))
+    if kind not in samplers.names():
+        raise UserError(f"unknown sampler '{kind}'", where="sampler", fix=suggest(kind, samplers.names()))
+    try:
+        return cast(SamplerConfig, samplers.class_of(kind).model_validate(dict(values)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        unknown = first["type"] == "extra_forbidden"
+        fix = f"{kind} has no {name}; choose a sampler that has" if unknown else first["msg"]
+        raise UserError(
+            f"{name}={first.get('input')!r} is not allowed", where=f"sampler {kind}", fix=fix
+        ) from error

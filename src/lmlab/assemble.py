@@ -1,0 +1,316 @@
+"""Where config meets model: build, quantize and adapt a run's model, save its weights, load them again for use.
+
+The one place that knows the order (build -> load weights -> quantize -> adapt) and what lies beside saved weights
+(`lmlab.json`: template, quantization, the base's fingerprint), so that training and scripts cannot disagree on it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmlab.data.prepare import PreparedData
+from lmlab.journal import RunDir, read_json, write_json
+from lmlab.records import UserError
+
+if TYPE_CHECKING:
+    from lmlab.config.schema import RunConfig
+    from lmlab.generation.text import TextGenerator
+    from lmlab.models.hardware import Hardware
+    from lmlab.models.memory import MemoryMeter
+    from lmlab.training.options import OptimConfig
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model ready to train and what goes with it.
+
+    Attributes:
+        flat: whether it takes flat rows (packed attention).
+        optim: the optimizer's config in force.
+        save_weights: writes ``adapter/`` or ``model/`` into the folder it is given.
+        figures: parameters and stored bits, for summary.json.
+    """
+
+    model: Any
+    flat: bool
+    optim: OptimConfig
+    generator: TextGenerator
+    save_weights: Callable[[Path], None]
+    figures: dict[str, Any]
+
+
+def build_for_training(
+    run: RunDir,
+    config: RunConfig,
+    hardware: Hardware,
+    *,
+    stream: bool,
+    meter: MemoryMeter,
+    say: Callable[[str], None],
+) -> BuiltModel:
+    """Build -> load weights -> quantize -> adapt, on this rank's own device."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from lmlab.config.schema import mixed_precision_instead
+    from lmlab.models.adapters import count_parameters
+    from lmlab.models.attention import supports_flat, use_packed_attention
+    from lmlab.models.build import Scratch, base_fingerprint, build_model
+    from lmlab.models.quantize import linear_storage, stored_bytes
+    from lmlab.tokenizers import load_tokenizer
+
+    meter.start("load")
+    disable_progress_bar()  # one bar is enough: the run's own
+    tokenizer = load_tokenizer(run.tokenizer)
+    hf_config = config.model.hf_config(len(tokenizer))
+    model = build_model(
+        config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device
+    )
+    base_path, fingerprint = config.model.source, None
+    if config.adapter.freezes_base:
+        fingerprint = base_fingerprint(model)
+        if isinstance(config.model, Scratch):
+            # An adapter is worth nothing without the base it was trained on.
+            base_path = str(run.base)
+            if int(os.environ.get("RANK", "0")) == 0:
+                model.save_pretrained(run.base)
+                tokenizer.save_pretrained(run.base)
+        config.quant.apply(model, compute_dtype=hardware.compute_dtype)
+    elif mixed_precision_instead(config):
+        say(
+            f"adapter=none with quant={config.quant.kind} trains fp32 weights in {hardware.precision} mixed precision"
+        )
+    storage = linear_storage(model)
+    params = sum(layer.shape[0] * layer.shape[1] for layer in storage)
+    figures: dict[str, Any] = {
+        "model/base_bytes": stored_bytes(model),
+        "model/base_bits_per_param": sum(layer.bits for layer in storage) / max(1, params),
+    }
+    standard = model.config._attn_implementation
+    generation_config = getattr(model, "generation_config", None)
+    model = config.adapter.apply(model, seed=config.seed)
+    flat = supports_flat(hf_config) and not stream  # a stream's rows have one width: nothing to pack
+    if flat:
+        use_packed_attention(model)
+    total, trainable = count_parameters(model)
+    figures.update({"model/params_total": total, "model/params_trainable": trainable})
+    model.to(hardware.device)
+    model.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes alone: dropout would never act
+    meter.start(None)
+    info = weights_info(run, config, base_path=base_path, fingerprint=fingerprint)
+    return BuiltModel(
+        model,
+        flat=flat,
+        optim=_effective_optim(config, hardware, say),
+        generator=_text_generator(
+            model, tokenizer, hardware, eos=_eos_ids(tokenizer, generation_config), attn=standard
+        ),
+        save_weights=lambda folder: save_weights(model, tokenizer, folder, base_path=base_path, info=info),
+        figures=figures,
+    )
+
+
+def _effective_optim(config: RunConfig, hardware: Hardware, say: Callable[[str], None]) -> OptimConfig:
+    """QLoRA on a GPU takes the paged 8-bit AdamW in place of AdamW, as in its paper; said, not silent."""
+    if config.adapter.kind == "qlora" and hardware.device.type == "cuda" and config.optim.name == "adamw":
+        say(
+            "adapter=qlora on a GPU: paged 8-bit AdamW in place of AdamW (optim.name=adamw8bit or sgd to choose another)"
+        )
+        return config.optim.model_copy(update={"name": "paged_adamw8bit"})
+    return config.optim
+
+
+def _eos_ids(tokenizer: Any, generation_config: Any) -> set[int]:
+    """Whatever ends a text: the tokenizer's EOS and those the model's own generation config adds."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    return {int(i) for i in (tokenizer.eos_token_id, *ids) if i is not None}
+
+
+def _text_generator(
+    model: Any, tokenizer: Any, hardware: Hardware, *, eos: Collection[int], attn: str
+) -> TextGenerator:
+    import torch
+
+    from lmlab.generation.text import TextGenerator
+    from lmlab.models.attention import attention
+    from lmlab.tokenizers import adds_bos, encode_document
+
+    add_bos = adds_bos(tokenizer)
+
+    @contextmanager
+    def around() -> Any:
+        with ExitStack() as stack:
+            stack.enter_context(attention(model, attn))
+            if hardware.precision != "fp32":
+                stack.enter_context(torch.autocast(hardware.device.type, dtype=hardware.compute_dtype))
+            yield
+
+    return TextGenerator(
+        model,
+        encode=lambda text: list(encode_document(tokenizer, text, add_bos=add_bos)[0]),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        eos_token_ids=eos,
+        around=around,
+    )
+
+
+def weights_info(
+    run: RunDir, config: RunConfig, *, base_path: str | None, fingerprint: dict[str, str] | None
+) -> dict[str, Any]:
+    """What stands in lmlab.json beside saved weights: enough to use them as they were trained."""
+    meta = PreparedData.load(Path(read_json(run.info)["prepared"])).meta
+    return {
+        "task": config.task,
+        "format": meta["format"],
+        "template": meta["template"],
+        "base": base_path,
+        "base_fingerprint": fingerprint,
+        "quant": config.quant.model_dump(mode="json"),
+        "sampler": config.sampler.model_dump(mode="json"),
+        "run": run.path.name,
+    }
+
+
+def save_weights(
+    model: Any, tokenizer: Any, folder: Path, *, base_path: str | None, info: dict[str, Any]
+) -> None:
+    """``folder/adapter`` (loads with PEFT alone) or ``folder/model`` (loads with transformers alone), by rename."""
+    is_adapter = hasattr(model, "peft_config")
+    target = folder / ("adapter" if is_adapter else "model")
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if is_adapter:
+        for peft_config in model.peft_config.values():
+            peft_config.base_model_name_or_path = base_path
+        model.save_pretrained(temporary, save_embedding_layers=False)
+    else:
+        model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    write_json(temporary / "lmlab.json", info)
+    old = folder / f".{target.name}.{os.getpid()}.old"
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class UsableModel:
+    """A trained model for scripts.
+
+    Attributes:
+        template: Jinja source of the prompt it was trained with; None for plain text.
+        sampler: the sampler of its run, as plain values; {} if it has none.
+    """
+
+    generator: TextGenerator
+    template: str | None
+    sampler: dict[str, Any]
+
+
+def load_for_use(name_or_path: str, *, accelerator: str = "auto", use_best: bool = False) -> UsableModel:
+    """Load a run directory, an adapter, a model directory or a hub model for generation.
+
+    Args:
+        name_or_path: a run's directory stands for its ``adapter/`` or ``model/``.
+        use_best: of a run, the weights with the best validation loss instead of the last.
+
+    Raises:
+        UserError: nothing usable there, or an adapter whose base is gone or is another one.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from lmlab.models.hardware import choose_hardware
+
+    disable_progress_bar()
+    hardware = choose_hardware(accelerator, "auto")
+    path = _weights_folder(Path(name_or_path), use_best=use_best)
+    info = read_json(path / "lmlab.json") if path is not None else {}
+    if path is not None and (path / "adapter_config.json").is_file():
+        model, tokenizer, generation_config = _load_adapter(path, info, hardware)
+    else:
+        model, tokenizer = _load_plain(str(path) if path is not None else name_or_path, hardware)
+        generation_config = model.generation_config
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    generator = _text_generator(
+        model.eval(),
+        tokenizer,
+        hardware,
+        eos=_eos_ids(tokenizer, generation_config),
+        attn=base.config._attn_implementation,
+    )
+    return UsableModel(generator, info.get("template"), info.get("sampler") or {})
+
+
+def _weights_folder(path: Path, *, use_best: bool) -> Path | None:
+    """The folder with weights that ``path`` means, None if it is not a local directory."""
+    if not path.is_dir():
+        return None
+    roots = [path / "best"] if use_best else [path]
+    for root in roots:
+        for name in ("adapter", "model"):
+            if (root / name).is_dir():
+                return root / name
+    return path
+
+
+def _load_plain(source: str, hardware: Hardware) -> tuple[Any, Any]:
+    from lmlab.models.build import Pretrained, build_model
+    from lmlab.tokenizers import load_tokenizer
+
+    about = Pretrained(
+        kind="pretrained",
+        name_or_path=source,
+        revision=None,
+        trust_remote_code=False,
+        gradient_checkpointing=False,
+    )
+    hf_config = about.hf_config(None)
+    import torch
+
+    model = build_model(about, hf_config, seed=0, dtype=torch.float32, device=hardware.device)
+    return model, load_tokenizer(about.source)
+
+
+def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple[Any, Any, Any]:
+    """Base as it was trained on (same quantization, same fingerprint) with the adapter on it."""
+    from peft import PeftModel
+
+    from lmlab.models.build import Pretrained, base_fingerprint, build_model
+    from lmlab.registry import quants
+    from lmlab.tokenizers import load_tokenizer
+
+    source = info.get("base") or read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not source:
+        raise UserError(
+            "the adapter does not name its base", where=str(path), fix="set base_model_name_or_path in it"
+        )
+    about = Pretrained(
+        kind="pretrained",
+        name_or_path=source,
+        revision=None,
+        trust_remote_code=False,
+        gradient_checkpointing=False,
+    )
+    quant = info.get("quant") or {"kind": "none"}
+    quant_config: Any = quants.class_of(quant["kind"]).model_validate(quant)
+    model = build_model(
+        about, about.hf_config(None), seed=0, dtype=quant_config.load_dtype, device=hardware.device
+    )
+    expected = info.get("base_fingerprint")
+    if expected and base_fingerprint(model) != expected:
+        raise UserError(
+            "the adapter was trained on another base",
+            where=f"{path}, base {source}",
+            fix="put the base back that it was trained on",
+        )
+    generation_config = model.generation_config
+    quant_config.apply(model, compute_dtype=hardware.compute_dtype)
+    return PeftModel.from_pretrained(model, path), load_tokenizer(path), generation_config
