@@ -284,7 +284,7 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
     from peft import PeftModel
 
     from lmlab.models.build import Pretrained, base_fingerprint, build_model
-    from lmlab.registry import quants
+    from lmlab.models.quantize import quants
     from lmlab.tokenizers import load_tokenizer
 
     source = info.get("base") or read_json(path / "adapter_config.json").get("base_model_name_or_path")

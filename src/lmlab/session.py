@@ -85,7 +85,7 @@ class Session:
         hardware = choose_hardware(config.trainer.accelerator, precision)
         torch.manual_seed(config.seed + self.rank)
         meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
-        built = build_trained_model(
+        built = build_for_training(
             self.run, config, hardware, stream=prepared.meta["stream"], meter=meter, say=self.say
         )
         self.figures.update(built.figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ def choose_hardware(accelerator: str, precision: str) -> Hardware:
     Raises:
         UserError: a GPU was asked for and there is none.
     """
+    # bitsandbytes says at import, on CPUs with AVX512-BF16, that an optional kernel is absent; it is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     has_gpu = torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not has_gpu:
         raise UserError(

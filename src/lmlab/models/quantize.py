@@ -11,8 +11,6 @@ QLoRA: Dettmers et al. 2023, arXiv 2305.14314; LLM.int8(): arXiv 2208.07339.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,13 +117,8 @@ class FourBit(QuantConfig):
 
 
 def _bitsandbytes() -> Any:
-    """The library, without the log line it prints at import on CPUs whose optional kernels are not installed."""
-    logger = logging.getLogger("bitsandbytes")
-    level, logger.level = logger.level, logging.ERROR
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import bitsandbytes
-    logger.level = level
+    import bitsandbytes
+
     return bitsandbytes
 
 
