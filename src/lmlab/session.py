@@ -76,6 +76,7 @@ class Session:
         """Build everything, fit, and return the exit code."""
         import torch
 
+        from lmlab.assemble import build_for_training
         from lmlab.models.hardware import choose_hardware
         from lmlab.models.memory import MemoryMeter
 
