@@ -101,6 +101,8 @@ def build_for_training(
     figures.update({"model/params_total": total, "model/params_trainable": trainable})
     model.to(hardware.device)
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes alone: dropout would never act
+    if config.trainer.compile:
+        model.compile(dynamic=True)  # in place, so that parameter names stay as they are
     meter.start(None)
     info = weights_info(run, config, base_path=base_path, fingerprint=fingerprint)
     return BuiltModel(

@@ -7,60 +7,23 @@ with the place (``on_bad_record=error``) or counts it (``skip``): nothing disapp
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from lmlab.data.files import Intake, files_key, find_files, read_file
 from lmlab.records import Record, UserError
 from lmlab.registry import Config, data_sources
-
-TEXT_SUFFIXES = (".txt", ".md")
-JSON_SUFFIXES = (".jsonl", ".json")
 
 
 def cache_root() -> Path:
     """The folder of everything that can be made again: LMLAB_CACHE, or ``~/.cache/lmlab``."""
     return Path(os.environ.get("LMLAB_CACHE") or Path.home() / ".cache" / "lmlab").expanduser()
-
-
-@dataclass
-class Intake:
-    """Counts what a source delivered; ``read == kept + sum(dropped.values())`` holds at the end.
-
-    Args:
-        on_bad_record: ``error`` stops at the first bad record, ``skip`` counts it and goes on.
-    """
-
-    on_bad_record: str
-    read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-
-    @property
-    def kept(self) -> int:
-        """Records that were not dropped."""
-        return self.read - self.dropped.total()
-
-    def bad(self, reason: str, *, where: str, detail: str = "") -> None:
-        """A record that cannot be used, for ``reason`` (a short phrase, the key in the report).
-
-        Raises:
-            UserError: under ``on_bad_record=error``.
-        """
-        if self.on_bad_record == "error":
-            what = f"{reason}: {detail}" if detail else reason
-            raise UserError(
-                what, where=where, fix="mend it, or count and skip such records by data.on_bad_record=skip"
-            )
-        self.dropped[reason] += 1
 
 
 class DataConfig(Config):
@@ -159,64 +122,19 @@ class FileData(DataConfig):
     path: str
 
     def files(self) -> list[Path]:
-        """The files meant by ``path``.
+        """The files meant by ``path``, in order.
 
         Raises:
             UserError: nothing there, or a suffix that is not read.
         """
-        path = Path(self.path).expanduser()
-        known = TEXT_SUFFIXES + JSON_SUFFIXES
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in known)
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
-        if not found:
-            raise UserError(
-                f"no such data file: {self.path}",
-                where="data.path",
-                fix=f"a {'/'.join(known)} file, a folder or a glob of them",
-            )
-        for file in found:
-            if file.suffix.lower() not in known:
-                raise UserError(
-                    f"cannot read '{file.suffix}' files: {file}",
-                    where="data.path",
-                    fix="use " + ", ".join(known),
-                )
-        return found
+        return find_files(self.path)
 
     def content_key(self) -> str:
-        digest = hashlib.sha256()
-        for file in self.files():
-            digest.update(file.name.encode() + b"\0")
-            try:
-                with file.open("rb") as stream:
-                    digest.update(
-                        hashlib.file_digest(stream, "sha256").digest()
-                        if hasattr(hashlib, "file_digest")
-                        else stream.read()
-                    )
-            except OSError as error:
-                raise UserError(
-                    f"cannot be read: {error.strerror}", where=str(file), fix="check its permissions"
-                ) from error
-        return digest.hexdigest()
+        return files_key(self.files())
 
     def records(self, intake: Intake, *, task: str) -> Iterator[Record]:
         for file in self.files():
-            before = intake.read
-            if file.suffix.lower() in TEXT_SUFFIXES:
-                yield from _text_file(file, intake)
-            else:
-                yield from _json_records(file, intake)
-            if intake.read == before:
-                raise UserError(
-                    "holds no record",
-                    where=str(file),
-                    fix="give a file with data, or leave it out of data.path",
-                )
+            yield from read_file(file, intake)
 
 
 @data_sources.register
@@ -242,11 +160,7 @@ class JsonlData(FileData):
         record = next(iter(self.records(probe, task=task)), None)
         if record is None:
             return "triples"
-        return guess_format({self.columns_reversed().get(k, k) for k in record.fields})
-
-    def columns_reversed(self) -> dict[str, str]:
-        """The source's column name -> lmlab's."""
-        return {theirs: ours for ours, theirs in self.columns.items()}
+        return guess_format(record.fields, self.columns)
 
 
 @data_sources.register
@@ -284,7 +198,9 @@ class HubData(DataConfig):
             ) from error
 
     def format_for(self, task: str) -> str:
-        return guess_format(set(self._load().column_names)) if self.format == "auto" else self.format
+        if self.format != "auto":
+            return self.format
+        return guess_format(self._load().column_names, self.columns)
 
     def records(self, intake: Intake, *, task: str) -> Iterator[Record]:
         rows = self._load()
@@ -293,94 +209,28 @@ class HubData(DataConfig):
         )
 
 
-def guess_format(columns: set[str]) -> str:
-    """The format whose fields are among ``columns``; ``triples`` (whose error then names what is missing) if none."""
-    if "instruction" in columns:
+def guess_format(found: Collection[str], columns: Mapping[str, str]) -> str:
+    """The format whose fields are among the columns ``found``; ``triples`` (whose error then names what is missing) if none.
+
+    ``columns`` maps lmlab's field names to the source's own, as in `DataConfig`.
+    """
+
+    def has(field: str) -> bool:
+        return columns.get(field, field) in found
+
+    if has("instruction"):
         return "triples"
-    if "messages" in columns or "conversations" in columns:
+    if has("messages") or "conversations" in found:
         return "messages"
-    if {"prompt", "completion"} <= columns:
+    if has("prompt") and has("completion"):
         return "completion"
-    return "text" if "text" in columns else "triples"
+    return "text" if has("text") else "triples"
 
 
 def _counted(intake: Intake, records: Iterator[Record] | list[Record]) -> Iterator[Record]:
     for record in records:
         intake.read += 1
         yield record
-
-
-def _text_file(file: Path, intake: Intake) -> Iterator[Record]:
-    raw = file.read_bytes()
-    if not raw.strip():
-        return
-    intake.read += 1
-    text = _decode(raw.removeprefix(b"\xef\xbb\xbf"), intake, where=str(file), offset=0)
-    if text is not None:
-        yield Record({"text": text}, where=str(file))
-
-
-def _json_records(file: Path, intake: Intake) -> Iterator[Record]:
-    if file.suffix.lower() == ".json":
-        yield from _json_array(file, intake)
-        return
-    offset = 0
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            start, offset = offset, offset + len(line)
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
-            intake.read += 1
-            where = f"{file}:{number}"
-            text = _decode(line, intake, where=where, offset=start)
-            if text is not None:
-                yield from _parsed(text, intake, where=where)
-
-
-def _json_array(file: Path, intake: Intake) -> Iterator[Record]:
-    text = (
-        _decode(file.read_bytes().removeprefix(b"\xef\xbb\xbf"), Intake("error"), where=str(file), offset=0)
-        or ""
-    )
-    try:
-        rows = json.loads(text) if text.strip() else []
-    except ValueError as error:
-        raise UserError(
-            f"not JSON: {error}", where=str(file), fix="mend it, or use one JSON object a line (.jsonl)"
-        ) from error
-    if not isinstance(rows, list):
-        raise UserError("not a JSON list of records", where=str(file), fix="use [{...}, ...] or .jsonl")
-    for number, row in enumerate(rows, start=1):
-        intake.read += 1
-        if isinstance(row, dict):
-            yield Record(row, where=f"{file}[{number}]")
-        else:
-            intake.bad("not an object", where=f"{file}[{number}]", detail=f"found {type(row).__name__}")
-
-
-def _decode(raw: bytes, intake: Intake, *, where: str, offset: int) -> str | None:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        intake.bad(
-            "not UTF-8",
-            where=f"{where}, byte {offset + error.start}",
-            detail=f"byte 0x{raw[error.start]:02x}",
-        )
-        return None
-
-
-def _parsed(text: str, intake: Intake, *, where: str) -> Iterator[Record]:
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        intake.bad("broken JSON", where=where, detail=str(error))
-        return
-    if not isinstance(row, dict):
-        intake.bad("not an object", where=where, detail=f"found {type(row).__name__}")
-        return
-    yield Record(row, where=where)
 
 
 _EMBEDDED: dict[str, Any] = {}

@@ -82,7 +82,9 @@ class Lora(AdapterConfig):
             task_type=TaskType.CAUSAL_LM,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(
+                seed
+            )  # PEFT draws on the CPU; torch.manual_seed would reseed the GPUs
             try:
                 return get_peft_model(model, config)
             except ValueError as error:

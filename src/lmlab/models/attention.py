@@ -45,7 +45,6 @@ FLAT_MODEL_TYPES = frozenset(
 _HARMLESS = {
     "position_ids",
     "use_cache",
-    "is_causal",
     "output_attentions",
     "output_hidden_states",
     "cache_position",
@@ -117,6 +116,8 @@ def packed_attention(
         RuntimeError: no documents were given, or an argument that is not honoured here.
     """
     ignored = [name for name, v in kwargs.items() if v is not None and name not in _HARMLESS]
+    if kwargs.get("is_causal", False):
+        ignored.remove("is_causal")  # causal is what this is
     if ignored or attention_mask is not None or lmlab_documents is None:
         raise RuntimeError(
             f"packed attention cannot honour {ignored or 'an attention mask'} of {type(module).__name__}"

@@ -20,6 +20,28 @@ if TYPE_CHECKING:
 
 EMBEDDED = "lmlab:tiny-base"
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
+_ENCODERS = frozenset(
+    [
+        "bert",
+        "bert-generation",
+        "big_bird",
+        "camembert",
+        "data2vec-text",
+        "electra",
+        "ernie",
+        "megatron-bert",
+        "reformer",
+        "rembert",
+        "roberta",
+        "roberta-prelayernorm",
+        "roc_bert",
+        "roformer",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    ]
+)
+_NEVER = frozenset(["flaubert", "xlm", "xlnet"])  # listed by transformers, but not left-to-right
 
 
 class ModelConfig(Config):
@@ -77,7 +99,6 @@ class Pretrained(ModelConfig):
             UserError: no such directory, no config in it, not a causal LM, or a hub that does not answer.
         """
         from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         source = self.source
         try:
@@ -98,12 +119,8 @@ class Pretrained(ModelConfig):
                 where="model.name_or_path",
                 fix=fix,
             ) from error
-        if not self.trust_remote_code and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise UserError(
-                f"'{config.model_type}' is not a causal language model",
-                where="model.name_or_path",
-                fix="choose one that is",
-            )
+        if not self.trust_remote_code:
+            _require_causal(config, where="model.name_or_path")
         return config
 
 
@@ -130,7 +147,7 @@ class Scratch(ModelConfig):
         """The config with the tokenizer's vocabulary size.
 
         Raises:
-            UserError: unknown architecture or values it does not take.
+            UserError: unknown architecture, one that is no causal LM, or values it does not take.
         """
         from transformers import AutoConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -146,13 +163,33 @@ class Scratch(ModelConfig):
         if vocab_size is not None:
             values["vocab_size"] = vocab_size
         try:
-            return AutoConfig.for_model(self.architecture, **values)
+            config = AutoConfig.for_model(self.architecture, **values)
         except Exception as error:
             raise UserError(
                 f"{self.architecture} refuses this config: {error}",
                 where="model.config",
                 fix="mend the values",
             ) from error
+        _require_causal(config, where="model.architecture")
+        return config
+
+
+def _require_causal(config: PretrainedConfig, *, where: str) -> None:
+    """Refuse what sees the token it must predict.
+
+    transformers lists BERT and its kin as causal LMs too, but they are causal only with ``is_decoder``; trained
+    without, their loss falls to nothing because each position sees its own label.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    encoder = config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type in _NEVER or encoder:
+        raise UserError(
+            f"'{config.model_type}' is not a causal language model"
+            + (" without is_decoder" if encoder else ""),
+            where=where,
+            fix="choose one that is",
+        )
 
 
 def resolve_source(name_or_path: str) -> str:
@@ -211,34 +248,56 @@ def build_model(
     Args:
         dtype: floating type of all weights after loading.
         device: where they go; under DDP each rank passes its own (never a device_map).
+
+    Raises:
+        UserError: no safetensors there, a damaged file, or weights that are not (all) this architecture's.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     if isinstance(model_config, Pretrained):
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                model_config.source,
-                config=hf_config,
-                revision=model_config.revision,
-                trust_remote_code=model_config.trust_remote_code,
-                dtype=dtype,
-                attn_implementation=None if _lacks_sdpa(hf_config) else "sdpa",
-                use_safetensors=True,  # never unpickle a downloaded file
-            )
-        except OSError as error:
-            detail = str(error).strip().splitlines()[0][:200]
-            raise UserError(
-                f"weights of '{model_config.name_or_path}' cannot be loaded: {detail}",
-                where="model.name_or_path",
-            ) from error
+        model = _load_weights(model_config, hf_config, dtype)
     else:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
             model = AutoModelForCausalLM.from_config(hf_config).to(dtype)
     model.to(device)
     if model_config.gradient_checkpointing:
         enable_checkpointing(model)
+    return model
+
+
+def _load_weights(about: Pretrained, hf_config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    def refuse(detail: str) -> UserError:
+        return UserError(
+            f"weights of '{about.name_or_path}' cannot be loaded: {detail}",
+            where="model.name_or_path",
+            fix="it needs whole model*.safetensors of this architecture (pickle files are not opened)",
+        )
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            about.source,
+            config=hf_config,
+            revision=about.revision,
+            trust_remote_code=about.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=None if _lacks_sdpa(hf_config) else "sdpa",
+            use_safetensors=True,  # never unpickle a downloaded file
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise refuse(str(error).strip().splitlines()[0][:200]) from error
+    model, report = loaded
+    if report["missing_keys"]:  # transformers would draw them at random and only log it
+        missing = sorted(report["missing_keys"])
+        raise refuse(f"{len(missing)} tensors are missing, {missing[0]} the first")
     return model
 
 
@@ -257,20 +316,23 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def base_fingerprint(model: PreTrainedModel) -> dict[str, str]:
-    """What an adapter remembers of its base: a hash of the config and of a few weights, before quantization.
+    """What an adapter remembers of its base: a hash of the config and of the weights, before quantization.
 
-    The tensors are the input embedding, the first and the last floating parameter, each by its first 4,096 values.
+    Of every parameter about 4,096 values evenly spread enter the hash, so that a base with an adapter merged into
+    it (same embeddings, same norms) is another base.
     """
-    config = {
-        k: v
-        for k, v in model.config.to_dict().items()
-        if k not in ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
-    }
     digest = hashlib.sha256()
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    for tensor in (model.get_input_embeddings().weight, parameters[0], parameters[-1]):
-        digest.update(tensor.detach().flatten()[:4096].float().cpu().numpy().tobytes())
+    for parameter in model.parameters():
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)]
+        digest.update(values.float().cpu().numpy().tobytes())
+    config = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
     return {
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "config": hashlib.sha256(config.encode()).hexdigest()[:16],
         "tensors": digest.hexdigest()[:16],
     }
+
+
+def _lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """Config values that saving and loading again leave alone, at every depth."""
+    passing = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+    return {k: _lasting(v) if isinstance(v, dict) else v for k, v in config.items() if k not in passing}

@@ -35,21 +35,25 @@ def step_flops(model: Any, *, checkpointing: bool) -> StepFlops:
     """Count ``model`` (a transformers model or a PEFT model over one; quantized linears count by their shape)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()
+    of_head = (
+        set() if head is None else set(head.modules())
+    )  # with an adapter on it: the parts of its wrapper
     body = head_flops = 0.0
     for name, module in model.named_modules():
         matrix = _matrix_size(module)
-        if not matrix or name.endswith("base_layer.base_layer"):
+        if not matrix or name.endswith("original_module"):  # PEFT keeps the untrained original, unused
             continue
         trained = any(p.requires_grad for p in module.parameters(recurse=False))
         passes = 2 + 2 + (2 if trained else 0)
-        if module is head:
+        if module in of_head:
             head_flops += passes * matrix
         else:
             body += (passes + (2 if checkpointing else 0)) * matrix
     config = base.config.get_text_config()
     layers, width = config.num_hidden_layers, config.hidden_size
     heads = getattr(config, "num_attention_heads", 1)
-    width = getattr(config, "head_dim", None) * heads if getattr(config, "head_dim", None) else width
+    head_dim = getattr(config, "head_dim", None)
+    width = head_dim * heads if head_dim else width
     factor = 3 + (1 if checkpointing else 0)  # forward once, backward twice
     return StepFlops(body, head_flops, factor * 4 * layers * width / 2)
 

@@ -54,14 +54,10 @@ class SixteenBit(QuantConfig):
 
     def apply(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
         dtype = torch.float16 if self.kind == "fp16" else torch.bfloat16
-        stored: dict[
-            int, nn.Parameter
-        ] = {}  # a tied head shares its parameter with the embedding, also afterwards
         for parent, name, module in _replaceable(model, include_head=True, include_embeddings=True):
-            weight = stored.setdefault(
-                id(module.weight), nn.Parameter(module.weight.data.to(dtype), requires_grad=False)
-            )
-            setattr(parent, name, _stored(module, weight, compute_dtype))
+            # The parameter stays the same object, so a head tied to the embedding stays tied.
+            module.weight.data = module.weight.data.to(dtype)
+            setattr(parent, name, _stored(module, compute_dtype))
 
 
 @quants.register
@@ -75,8 +71,14 @@ class EightBit(QuantConfig):
         layer = _int8_class()
         for parent, name, module in _replaceable(model):
             weight, bias = _linear_weight(module)
-            new = layer(weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+            new = layer(
+                weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False, device="meta"
+            )
+            # Quantized here and not by the move to a device: bitsandbytes does that only for weights on the CPU.
+            codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+            new.weight = bnb.nn.Int8Params(
+                codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
+            )
             setattr(parent, name, _finish(new, bias, weight.device))
         model.is_loaded_in_8bit = True  # type: ignore[assignment]  # what PEFT looks at to wrap these layers
 
@@ -103,6 +105,7 @@ class FourBit(QuantConfig):
                 compute_dtype=compute_dtype,
                 compress_statistics=self.double_quant,
                 quant_type=self.kind,
+                device="meta",  # no weights drawn only to be thrown away
             )
             new.weight = bnb.nn.Params4bit(
                 weight,
@@ -124,16 +127,18 @@ def _bitsandbytes() -> Any:
 
 def _int8_class() -> Any:
     bnb = _bitsandbytes()
-    from bitsandbytes.autograd._functions import MatMul8bitFp
 
     class WeightOnlyLinear8bit(bnb.nn.Linear8bitLt):
-        """The same product in training and evaluation: dequantized weight times unquantized input."""
+        """The same product in training and evaluation: dequantized weight times unquantized input.
+
+        The arithmetic is bitsandbytes' MatMul8bitFp, which however keeps its input for the backward pass, where a
+        frozen weight has no use for it and gradient checkpointing cannot drop it.
+        """
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.weight.CB is not None:
                 self.init_8bit_state()
-            bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-            return MatMul8bitFp.apply(x, self.weight, None, bias, self.state)
+            return _frozen_product(x, self.bias, self.weight, self.state.SCB)
 
     return WeightOnlyLinear8bit
 
@@ -144,11 +149,18 @@ def _replaceable(
     """(parent, attribute, module) of every linear layer, the head and the embeddings only where asked."""
     head = model.get_output_embeddings()
     kinds: tuple[type, ...] = (nn.Linear, nn.Embedding) if include_embeddings else (nn.Linear,)
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            wanted = isinstance(module, kinds) or type(module).__name__ == "Conv1D"
-            if wanted and (module is not head or include_head):
-                yield parent, name, module
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if (isinstance(module, kinds) or _is_conv1d(module)) and (module is not head or include_head)
+    ]
+    for parent, name in places:  # by name: no list here keeps a replaced layer's 32-bit weight in memory
+        yield parent, name, getattr(parent, name)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"  # GPT-2's linear layer, its weight is [in, out]
 
 
 def _linear_weight(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -166,27 +178,46 @@ def _finish(new: nn.Module, bias: torch.Tensor | None, device: torch.device) -> 
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """``x @ w.T`` with a frozen 16-bit ``w``: only ``w`` itself is kept for the backward pass, not its upcast copy."""
+    """``x @ w.T + bias`` with a frozen ``w``: its stored form is kept for the backward pass, not its upcast copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        return F.linear(x, weight.to(x.dtype))
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        stored: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(stored, scales)
+        return F.linear(x, _read(stored, scales, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return grads[0] @ weight.to(grads[0].dtype), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        stored, scales = ctx.saved_tensors
+        return grads[0] @ _read(stored, scales, grads[0].dtype), None, None, None
+
+
+def _read(stored: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in ``dtype``; ``scales`` are int8's absolute row maxima."""
+    if scales is None:
+        return stored.to(dtype)
+    return stored.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+
+def _frozen_product(
+    x: torch.Tensor, bias: torch.Tensor | None, stored: torch.Tensor, scales: torch.Tensor | None = None
+) -> Any:
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if bias is None else bias.to(x.dtype)
+    return _FrozenProduct.apply(x, bias, stored, scales)
 
 
 class StoredLinear(nn.Linear):
-    """A linear layer whose weight is stored in 16 bits and multiplied in the input's type."""
+    """A linear layer whose weight is stored in 16 bits and multiplied in the input's type (autocast's, if on)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            return F.linear(input, self.weight, self.bias)
-        out = _FrozenProduct.apply(input, self.weight)
-        return out if self.bias is None else out + self.bias.to(out.dtype)  # type: ignore[operator, return-value]
+        return _frozen_product(input, self.bias, self.weight)
 
 
 class StoredEmbedding(nn.Embedding):
@@ -198,12 +229,14 @@ class StoredEmbedding(nn.Embedding):
         return super().forward(input).to(self.compute_dtype)
 
 
-def _stored(module: Any, weight: nn.Parameter, compute_dtype: torch.dtype) -> nn.Module:
+def _stored(module: Any, compute_dtype: torch.dtype) -> nn.Module:
+    weight = module.weight.requires_grad_(False)
     if isinstance(module, nn.Embedding):
-        new: Any = StoredEmbedding(*module.weight.shape, padding_idx=module.padding_idx, device="meta")
-        new.compute_dtype = compute_dtype
-        new.weight = weight
-        return new
+        # In place, under a class of both: some embeddings scale or shift in a forward of their own (Gemma 3, OPT).
+        own: Any = type(module)
+        bases = (StoredEmbedding,) if own is nn.Embedding else (own, StoredEmbedding)
+        module.__class__ = type("Stored" + own.__name__, bases, {"compute_dtype": compute_dtype})
+        return module
     if not isinstance(module, nn.Linear):  # Conv1D
         weight = nn.Parameter(weight.data.t().contiguous(), requires_grad=False)
     new = StoredLinear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
@@ -232,17 +265,16 @@ def linear_storage(model: nn.Module | Any) -> list[LinearStorage]:
     head = model.get_output_embeddings()
     found = []
     for name, module in model.named_modules():
-        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if not is_linear or module is head:
+        if module is head or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
             continue
+        layer: Any = module
         shape = (
-            (module.out_features, module.in_features)
+            (layer.out_features, layer.in_features)
             if isinstance(module, nn.Linear)
-            else tuple(module.weight.shape)
+            else (layer.weight.shape[1], layer.weight.shape[0])
         )
-        found.append(
-            LinearStorage(name, shape, 8 * sum(t.numel() * t.element_size() for t in _weight_tensors(module)))
-        )  # type: ignore[arg-type]
+        bits = 8 * sum(t.numel() * t.element_size() for t in _weight_tensors(layer))
+        found.append(LinearStorage(name, shape, bits))
     return found
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -69,6 +70,8 @@ def run_jobs(
         arguments: the command line, for the sweep's name.
     """
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a log file has no narrow screen
     first = _validated(compose(list(jobs[0])), refused_is_fine=True)
     name = _sweep_name(first, arguments)
     root = (
@@ -100,6 +103,9 @@ def run_jobs(
         if root.exists():
             _write_results(root, queue)
     console.print(_table(queue), highlight=False)
+    for job in queue:
+        if job.status.startswith("refused"):
+            console.print(f"job {job.number} ({job.label}) {job.status}", markup=False, highlight=False, soft_wrap=True)
     if root.exists():
         console.print(f"results: {os.path.relpath(root / 'results.csv')}", highlight=False, soft_wrap=True)
     failed = [job for job in queue if job.status == "failed" or job.status.startswith("error")]
@@ -246,20 +252,11 @@ def _write_results(root: Path, queue: Sequence[Job]) -> None:
 
 
 def _table(queue: Sequence[Job]) -> Table:
-    table = Table(title="jobs")
-    for column in (
-        "job",
-        "status",
-        "val/loss",
-        "best",
-        "exact",
-        "trained",
-        "bits/param",
-        "peak GB",
-        "tokens/s",
-        "seconds",
-    ):
-        table.add_column(column, overflow="fold", justify="left" if column in ("job", "status") else "right")
+    table = Table(title="jobs", box=SIMPLE)
+    columns = ("job", "status", "val/loss", "best", "exact", "trained", "bits", "peak GB", "tok/s", "seconds")
+    for column in columns:
+        left = column in ("job", "status")
+        table.add_column(column, overflow="fold", justify="left" if left else "right", no_wrap=not left)
 
     def number(value: Any, form: str) -> str:
         return format(value, form) if isinstance(value, int | float) else ""
@@ -268,5 +265,5 @@ def _table(queue: Sequence[Job]) -> Table:
     for job in queue:
         row = _row(job)
         figures = [number(row[name], form) for name, form in zip(FIGURES, forms, strict=True)]
-        table.add_row(job.label, job.status, *figures, f"{job.seconds:.0f}")
+        table.add_row(job.label, job.status.split(":")[0], *figures, f"{job.seconds:.0f}")
     return table

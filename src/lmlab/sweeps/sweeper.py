@@ -11,11 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from lmlab.records import UserError
 
@@ -47,37 +43,16 @@ def expand(arguments: Sequence[str], config_loader: Any) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*axes)]
 
 
-class LmlabSweeper(Sweeper):
-    """Expands the sweep and hands the jobs to `lmlab.sweeps.launcher`; src/hydra_plugins only makes Hydra find it."""
+def sweep(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int:
+    """Expand ``arguments`` and run every job; the exit code.
 
-    def __init__(self) -> None:
-        self.config: DictConfig | None = None
-        self.hydra_context: HydraContext | None = None
+    Args:
+        config_loader: Hydra's, which composes each job.
+        master: the config of the command line without the swept values.
+    """
+    from lmlab.sweeps.launcher import run_jobs
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra before `sweep`."""
-        self.config, self.hydra_context = config, hydra_context
-
-    def sweep(self, arguments: list[str]) -> Any:
-        """Run all jobs; exits with 1 if one failed."""
-        import sys
-
-        from lmlab.sweeps.launcher import run_jobs
-
-        assert self.hydra_context is not None
-        assert self.config is not None
-        loader = self.hydra_context.config_loader
-        jobs = expand(arguments, loader)
-        code = run_jobs(
-            jobs,
-            compose=lambda overrides: loader.load_sweep_config(self.config, overrides),
-            arguments=arguments,
-        )
-        sys.exit(code)
-
-
-def register() -> None:
-    """Make ``hydra/sweeper: lmlab`` known to Hydra's config store."""
-    ConfigStore.instance().store(
-        group="hydra/sweeper", name="lmlab", node={"_target_": f"{__name__}.LmlabSweeper"}, provider="lmlab"
+    jobs = expand(arguments, config_loader)
+    return run_jobs(
+        jobs, compose=lambda overrides: config_loader.load_sweep_config(master, overrides), arguments=arguments
     )
