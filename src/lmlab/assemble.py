@@ -67,7 +67,7 @@ def build_for_training(
     meter.start("load")
     disable_progress_bar()  # one bar is enough: the run's own
     tokenizer = load_tokenizer(run.tokenizer)
-    hf_config = config.model.hf_config(len(tokenizer))
+    hf_config = config.model.hf_config(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     model = build_model(
         config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device
     )

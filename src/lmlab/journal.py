@@ -37,7 +37,7 @@ def check_run_name(name: str) -> str:
     """
     if not SAFE_NAME.fullmatch(name) or ".." in name:
         raise UserError(
-            f"'{name[:80]}' is not a run name",
+            f"{name[:80]!r} is not a run name",
             where="run_name",
             fix="1 to 128 of A-Z a-z 0-9 . _ = , + - beginning with a letter or digit",
         )
@@ -81,17 +81,18 @@ class RunDir:
             UserError: the directory exists and neither overwrite nor resume was asked for, another process is
                 writing to it, or its place cannot be written to.
         """
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(
+                "not a directory", where=str(self.path), fix="choose another run_name or output_root"
+            )
         if self.path.exists() and any(self.path.iterdir()):
             holder = self._holder()
             if holder:
+                raise self._held(holder)
+            is_run = any(file.exists() for file in (self.config, self.info, self.lock))
+            if (overwrite or resume) and not is_run:
                 raise UserError(
-                    f"another run is writing here ({holder})",
-                    where=str(self.path),
-                    fix="wait for it, or choose another run_name",
-                )
-            if overwrite and not self.config.exists() and not self.info.exists():
-                raise UserError(
-                    "not a run directory, so not overwritten",
+                    f"not a run directory, so not {'overwritten' if overwrite else 'resumed'}",
                     where=str(self.path),
                     fix="choose another run_name or output_root",
                 )
@@ -125,56 +126,106 @@ class RunDir:
         self.take_lock()
 
     def take_lock(self) -> None:
-        """Lock for this process; the lock of a process that no longer lives on this host is taken over."""
-        content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()})
-        for _ in range(2):
-            try:
-                descriptor = os.open(self.lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            except FileExistsError:
-                holder = self._holder()
-                if holder:
-                    raise UserError(
-                        f"another run is writing here ({holder})",
-                        where=str(self.path),
-                        fix="wait for it, or choose another run_name",
-                    ) from None
-                self.lock.unlink(missing_ok=True)
-                continue
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(content)
-            return
-        raise UserError("the lock is fought over", where=str(self.path), fix="choose another run_name")
+        """Lock for this process; the lock of a process that no longer lives on this host is taken over.
+
+        Raises:
+            UserError: a living process, or one of another host, holds it.
+        """
+        mine = self.path / f".lock.{os.getpid()}.tmp"
+        write_json(
+            mine,
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": _process_start(os.getpid()),
+                "time": time.time(),
+            },
+        )
+        try:
+            for _ in range(3):
+                try:
+                    os.link(mine, self.lock)  # fails if it is there, and is never seen half-written
+                    return
+                except FileExistsError:
+                    holder = self._holder()
+                    if holder:
+                        raise self._held(holder) from None
+                    self.lock.unlink(missing_ok=True)
+                except OSError:  # a file system without hard links
+                    with (
+                        contextlib.suppress(FileExistsError),
+                        self.lock.open("x", encoding="utf-8") as stream,
+                    ):
+                        stream.write(mine.read_text(encoding="utf-8"))
+                        return
+            raise UserError("the lock is fought over", where=str(self.path), fix="choose another run_name")
+        finally:
+            mine.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Give the lock back."""
-        self.lock.unlink(missing_ok=True)
+        """Give the lock back, if it is this process's."""
+        held = read_json(self.lock)
+        if held.get("pid") == os.getpid() and held.get("host") == socket.gethostname():
+            self.lock.unlink(missing_ok=True)
+
+    def _held(self, holder: str) -> UserError:
+        return UserError(
+            f"another run is writing here ({holder})",
+            where=str(self.path),
+            fix=f"wait for it, or choose another run_name; if it is gone, delete {self.lock.name} there",
+        )
 
     def _holder(self) -> str | None:
         """Host and pid of a living process that holds the lock, else None."""
+        held = read_json(self.lock)
         try:
-            held = json.loads(self.lock.read_text(encoding="utf-8"))
             host, pid = str(held["host"]), int(held["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if pid == os.getpid() and host == socket.gethostname():
+        except (ValueError, KeyError, TypeError):
             return None
         if host == socket.gethostname():
+            if pid == os.getpid():
+                return None
             try:
                 os.kill(pid, 0)
-            except ProcessLookupError:
+            except (ProcessLookupError, OverflowError):
                 return None
             except PermissionError:
                 pass
+            started = _process_start(pid)
+            if held.get("started") is not None and started is not None and held["started"] != started:
+                return None  # the number was given to another process since
         return f"pid {pid} on {host}"
 
 
+def _process_start(pid: int) -> int | None:
+    """When a process began, in clock ticks since the boot; None where /proc does not say."""
+    try:
+        line = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(line.rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with non-finite numbers as strings, as JSON has none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file by rename in the same folder."""
+    """Write a JSON file by rename in the same folder; a lone surrogate becomes its JSON escape."""
+    text = json.dumps(_plain(value), indent=1, ensure_ascii=False, default=str) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(
-        json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-    )
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -196,16 +247,16 @@ class Journal:
 
     def __init__(self, run: RunDir, *, start_time: float | None = None) -> None:
         self.start_time = time.monotonic() if start_time is None else start_time
-        self._metrics: TextIO = run.metrics.open("a", encoding="utf-8")
-        self._samples: TextIO = run.samples.open("a", encoding="utf-8")
+        self._run = run
+        self._metrics = _open_lines(run.metrics)
+        self._samples = _open_lines(run.samples)
         self.latest: dict[str, float] = {}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics; a non-finite number is written as a string, as JSON has none."""
         self.latest.update(values)
-        plain = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in values.items()}
         self._write(
-            self._metrics, {"step": step, "time": round(time.monotonic() - self.start_time, 3), **plain}
+            self._metrics, {"step": step, "time": round(time.monotonic() - self.start_time, 3), **values}
         )
 
     def sample(self, sample: Sample) -> None:
@@ -213,24 +264,38 @@ class Journal:
         self._write(self._samples, sample.row())
 
     def _write(self, stream: TextIO, row: dict[str, Any]) -> None:
-        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        stream.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
         stream.flush()
 
     def forget_after(self, step: int) -> None:
         """Remove the lines of steps a resumed run will do again, so that no step stands there twice."""
-        for stream in (self._metrics, self._samples):
-            path = Path(stream.name)
+        self.close()
+        for path in (self._run.metrics, self._run.samples):
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
+            for line in path.read_bytes().split(
+                b"\n"
+            ):  # not splitlines(): U+2028 may stand inside a JSON string
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
                     if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-            stream.truncate(0)
-            stream.write("".join(kept))
-            stream.flush()
+                        kept.append(line + b"\n")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(b"".join(kept))
+            temporary.replace(path)
+        self._metrics, self._samples = _open_lines(self._run.metrics), _open_lines(self._run.samples)
 
     def close(self) -> None:
         """Close both files."""
         with contextlib.suppress(OSError):
             self._metrics.close()
             self._samples.close()
+
+
+def _open_lines(path: Path) -> TextIO:
+    """Open for appending at the beginning of a line: a line torn by a kill must not spoil the next one."""
+    stream = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
+    if path.stat().st_size:
+        with path.open("rb") as raw:
+            raw.seek(-1, os.SEEK_END)
+            if raw.read(1) != b"\n":
+                stream.write("\n")
+    return stream

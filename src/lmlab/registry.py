@@ -12,7 +12,7 @@ import difflib
 import importlib
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,10 +27,19 @@ class Config(BaseModel):
     Values live in conf/*.yaml; a class carries types and ranges, and no defaults that a YAML also gives.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 C = TypeVar("C", bound=type[Config])
+
+
+def _refuse_clash(name: str, known: Any, new: Any) -> None:
+    """Two things under one name: the later would silently replace the earlier (a reload of the same one may)."""
+    if known is not None and (known.__module__, known.__qualname__) != (new.__module__, new.__qualname__):
+        both = " and ".join(f"{thing.__module__}.{thing.__qualname__}" for thing in (known, new))
+        raise ValueError(f"{name} is registered twice, by {both}")
 
 
 class Registry:
@@ -46,14 +55,19 @@ class Registry:
         self._classes: dict[str, type[Config]] = {}
 
     def register(self, cls: C) -> C:
-        """Class decorator: add ``cls`` under each value its discriminator's Literal allows."""
-        for value in get_args(cls.model_fields[self.discriminator].annotation):
-            known = self._classes.get(value)
-            if known is not None and known.__qualname__ != cls.__qualname__:
-                raise ValueError(
-                    f"{self.group}.{self.discriminator}={value} is registered twice: {known}, {cls}"
-                )
-            self._classes[value] = cls
+        """Class decorator: add ``cls`` under each value its discriminator's Literal allows.
+
+        Raises:
+            TypeError: its discriminator is no Literal, so that nothing could ever choose it.
+            ValueError: another class has that name.
+        """
+        field = cls.model_fields.get(self.discriminator)
+        values = get_args(field.annotation) if field is not None else ()
+        if not values or get_origin(field.annotation if field else None) is not Literal:
+            raise TypeError(f'{cls.__qualname__} needs a field {self.discriminator}: Literal["its name"]')
+        for value in values:
+            _refuse_clash(f"{self.group}.{self.discriminator}={value}", self._classes.get(value), cls)
+        self._classes.update(dict.fromkeys(values, cls))
         return cls
 
     def names(self) -> list[str]:
@@ -64,9 +78,17 @@ class Registry:
         """The class registered under ``name``; KeyError if there is none."""
         return self._classes[name]
 
+    def classes(self) -> tuple[type[Config], ...]:
+        """Every registered class once, in the order of registration."""
+        return tuple(dict.fromkeys(self._classes.values()))
+
+    def is_union(self) -> bool:
+        """Whether there is more than one class, so that pydantic needs the discriminator to choose."""
+        return len(self.classes()) > 1
+
     def union(self) -> Any:
         """The discriminated union of everything registered, as a type pydantic can validate against."""
-        classes = tuple(dict.fromkeys(self._classes.values()))
+        classes = self.classes()
         if len(classes) == 1:
             return classes[0]
         return Annotated[Union[classes], Field(discriminator=self.discriminator)]  # noqa: UP007 - a runtime tuple
@@ -83,9 +105,10 @@ class Functions(Generic[F]):
         self._functions: dict[str, F] = {}
 
     def register(self, name: str) -> Callable[[F], F]:
-        """Function decorator: add under ``name``."""
+        """Function decorator: add under ``name``; ValueError if another function has it."""
 
         def add(function: F) -> F:
+            _refuse_clash(f"{self.key}={name}", self._functions.get(name), function)
             self._functions[name] = function
             return function
 
@@ -117,6 +140,26 @@ losses = Registry("loss")
 callbacks = Registry("callbacks")
 metrics = Registry("metrics")
 
+BY_GROUP = {
+    each.group: each
+    for each in (
+        adapters,
+        quants,
+        data_sources,
+        tokenizers,
+        models,
+        samplers,
+        optimizers,
+        losses,
+        callbacks,
+        metrics,
+    )
+} | {"samplers": samplers}
+"""Registry by the key in the run's config; ``samplers`` are named ones of the same classes as ``sampler``."""
+
+NAMED_GROUPS = ("samplers", "callbacks", "metrics")
+"""Groups whose value is a dictionary of configs: ``samplers.NAME.kind``."""
+
 
 def suggest(given: str, options: Iterable[str]) -> str:
     """ "did you mean 'x'?" where something is near, and always the list of what there is."""
@@ -130,16 +173,23 @@ def load_plugins(packages: Iterable[str]) -> None:
     """Import the named packages and every installed one of the entry point group ``lmlab.plugins``.
 
     Raises:
-        UserError: a named package cannot be imported.
+        UserError: one cannot be imported, or takes a name that is taken.
     """
     for entry in entry_points(group=PLUGIN_GROUP):
-        entry.load()
+        _import(entry.value, entry.load)
     for package in packages:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f"plugin '{package}' cannot be imported: {error}",
-                where="plugins",
-                fix="install it or put it on PYTHONPATH",
-            ) from error
+        _import(package, lambda name=package: importlib.import_module(name))
+
+
+def _import(name: str, load: Callable[[], Any]) -> None:
+    try:
+        load()
+    except Exception as error:  # it is somebody's code: whatever it raises is told in one line
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
+        raise UserError(
+            f"plugin '{name}' cannot be imported: {type(error).__name__}: {error}",
+            where="plugins",
+            fix="install it or put its folder on PYTHONPATH"
+            if missing
+            else f'mend it; python -c "import {name}" shows where',
+        ) from error

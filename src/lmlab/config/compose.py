@@ -11,19 +11,22 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmlab.config.errors import UNKNOWN_KEY, combined, hydra_error, unknown_key, validation_problems
 from lmlab.records import UserError
 from lmlab.registry import load_plugins, suggest
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 NO_EFFECT_ON_RESULT = ("run_name", "output_root", "resume", "overwrite", "logger", "launcher")
 
-_SECRET_WORDS = {"key", "token", "secret", "password"}
+_SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd"}
+_SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask"}  # bos_token and the like are no secrets
+_SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN")
 _KNOWN_SECRETS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v1_[A-Za-z0-9_]{16,}|ghp_[A-Za-z0-9]{16,})"
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v1_[A-Za-z0-9_]{16,}|(ghp|github_pat)_[A-Za-z0-9_]{16,})"
 )
 
 
@@ -34,6 +37,7 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
     """
     import hydra
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through, so that they are formatted here
@@ -44,18 +48,132 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
     def app(config: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
 
-        composed.append((config, list(HydraConfig.get().overrides.task)))
+        # Unresolved: an override may contain ${...}, and an error raised here gets headings from Hydra.
+        told = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+        composed.append((config, list(told)))  # type: ignore[arg-type]
 
     try:
-        app()  # composes, or sweeps under --multirun, or prints help
+        flags = _check_command_line(sys.argv[1:])
+        try:
+            app()  # composes, or sweeps under --multirun, or prints help
+        except (HydraException, OmegaConfBaseException) as error:
+            if flags.multirun:
+                raise hydra_error(error) from error
+            raise _all_wrong(error, flags, config_name) from error
         # The work itself is done outside Hydra, which would wrap its errors in reports of its own.
         return function(*composed[0]) if composed else 0
-    except (HydraException, OmegaConfBaseException) as error:
-        return report_error(hydra_error(error))
     except UserError as error:
         return report_error(error)
-    except SystemExit as error:  # --help and argparse errors
+    except SystemExit as error:  # --help and --version
         return error.code if isinstance(error.code, int) else 0
+
+
+def _check_command_line(arguments: Sequence[str]) -> Any:
+    """Hydra's flags, read as Hydra does.
+
+    Raises:
+        UserError: an unknown flag, an unreadable setting, or a key under ``hydra.`` that Hydra does not have.
+    """
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> None:
+        raise UserError(
+            message, where="command line", fix="settings are key=value, as trainer.max_steps=50; see --help"
+        )
+
+    parser.error = refuse  # type: ignore[method-assign,assignment]
+    flags = parser.parse_args(list(arguments))
+    if flags.shell_completion:
+        return flags
+    for text in flags.overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            refuse(_KNOWN_SECRETS.sub("***", f"cannot read '{text}', {reason}"))
+            raise
+        key, value = override.key_or_group, override.value()
+        if not key:
+            refuse(f"'{text}' has no key")
+        if (
+            isinstance(value, int | float | dict | None)
+            and (CONF / key).is_dir()
+            and not override.is_delete()
+        ):
+            options = sorted(file.stem for file in (CONF / key).glob("[!_]*.yaml"))
+            shown = "null" if value is None else value  # Hydra fails on these with a ValueError
+            raise UserError(f"no option '{shown}'", where=key, fix=suggest(str(shown), options))
+        if key.startswith("hydra.") and not _hydra_has(key):
+            raise UserError(UNKNOWN_KEY, where=key, fix="see python train.py --cfg hydra")
+    return flags
+
+
+def _hydra_has(key: str) -> bool:
+    """Whether Hydra's own configuration has ``key``; below a free dictionary it has every key."""
+    from hydra.conf import HydraConf
+    from omegaconf import DictConfig, OmegaConf
+
+    node: Any = OmegaConf.structured(HydraConf)
+    for part in key.split(".")[1:]:
+        if not isinstance(node, DictConfig) or OmegaConf.get_type(node) in (None, dict):
+            return True
+        if part not in OmegaConf.get_type(node).__dataclass_fields__:  # type: ignore[union-attr]
+            return False
+        node = None if OmegaConf.is_missing(node, part) else node[part]
+    return True
+
+
+def _all_wrong(error: BaseException, flags: Any, config_name: str) -> UserError:
+    """What Hydra refused, together with everything else that is wrong on that command line.
+
+    Hydra stops at its first error. So each refused override is forced in (an unknown key, which pydantic then
+    describes knowing the chosen classes) or left out, until the rest composes and can be validated.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    folder = str(Path(flags.config_dir).absolute()).replace("'", "\\'") if flags.config_dir else None
+    search = [f"hydra.searchpath=['file://{folder}']"] if folder else []
+    problems, remaining, forced = list[UserError](), list(flags.overrides), list[str]()
+    while True:
+        problem = hydra_error(error)
+        guilty = next((o for o in remaining if _key_of(o) == problem.where), None)
+        if guilty is None:
+            return combined([*problems, problem])
+        remaining.remove(guilty)
+        if problem.what == UNKNOWN_KEY and "=" in guilty and not guilty.startswith("~"):
+            forced.append("++" + guilty.lstrip("+"))
+        else:
+            problems.append(problem)
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                composed = compose(flags.config_name or config_name, [*search, *remaining, *forced])
+        except (HydraException, OmegaConfBaseException) as next_error:
+            error = next_error
+            continue
+        _, more = validate(composed)
+        return combined([*problems, *more] or [_unknown_word(composed, _key_of(forced[0]))])
+
+
+def _unknown_word(composed: Any, key: str) -> UserError:
+    """A key of a free dictionary (model.config, data.columns) that the YAML does not have: mistyped, or new."""
+    from omegaconf import OmegaConf
+
+    group, _, last = key.rpartition(".")
+    words = OmegaConf.select(composed, group) if group else {}
+    error = unknown_key(key, [str(word) for word in words if word != last])
+    return UserError(error.what, where=error.where, fix=f"{error.fix}; if it is meant, write +{key}=...")
+
+
+def _key_of(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def report_error(error: UserError) -> int:
@@ -87,45 +205,56 @@ def to_run_config(composed: Any) -> Any:
         A frozen `RunConfig`.
 
     Raises:
-        UserError: anything in it that is not allowed.
+        UserError: anything in it that is not allowed; all of it in one line.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    config, problems = validate(composed)
+    if problems:
+        raise combined(problems)
+    return config
 
-    if OmegaConf.is_config(composed):
-        try:
-            own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-            values = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
-        except MissingMandatoryValue as error:
-            key = str(error).split(":")[-1].splitlines()[0].strip()
-            raise UserError(f"{key} is required", where=key, fix=f"add {key}=...") from error
-        except OmegaConfBaseException as error:
-            raise UserError(
-                f"the configuration cannot be resolved: {str(error).splitlines()[0]}",
-                fix="mend the interpolation",
-            ) from error
-    else:
-        values = composed
-    assert isinstance(values, dict)
-    values = {str(key): value for key, value in values.items() if key != "hydra"}
-    load_plugins(values.get("plugins") or [])
-    refuse_secrets(values)
+
+def validate(composed: Any) -> tuple[Any, list[UserError]]:
+    """(the `RunConfig`, nothing wrong) or (None, everything that is wrong).
+
+    Raises:
+        UserError: what must be mended before the rest can be looked at.
+    """
     from pydantic import ValidationError
 
-    from lmlab.config.schema import check_rules, run_config_class
+    from lmlab.config.schema import broken_rules, run_config_class
 
+    values = {str(key): value for key, value in _plain(composed).items() if key != "hydra"}
+    plugins = values.get("plugins")
+    if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
+        load_plugins(plugins)
+    refuse_secrets(values)
     model = run_config_class()
     try:
         config = model.model_validate(values)
     except ValidationError as error:
-        raise _validation_error(error, model) from error
-    check_rules(config)
-    for name in config.samples.grid:
-        if name not in config.samplers:
-            raise UserError(
-                f"unknown sampler '{name}'", where="samples.grid", fix=suggest(name, config.samplers)
-            )
-    return config
+        return None, validation_problems(error, model)
+    problems = list(broken_rules(config))
+    return (None if problems else config), problems
+
+
+def _plain(composed: Any) -> dict[Any, Any]:
+    """Interpolations resolved; a required value (``???``) left out, so that it counts as missing."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not OmegaConf.is_config(composed):
+        return dict(composed)
+    try:
+        values: Any = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise hydra_error(error) from error
+    return _without_missing(values)
+
+
+def _without_missing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_missing(inner) for name, inner in value.items() if inner != "???"}
+    return value
 
 
 def fingerprint(config: Any) -> str:
@@ -134,185 +263,11 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def known_keys() -> list[str]:
-    """Every dotted key that stands in conf/, for suggestions."""
-    from omegaconf import OmegaConf
-
-    keys: set[str] = set()
-    for file in sorted(CONF.rglob("*.yaml")):
-        group = file.parent.relative_to(CONF).as_posix()
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        top = (
-            group in (".", "task", "experiment", "debug")
-            or "_global_" in file.read_text(encoding="utf-8")[:40]
-        )
-        prefix = "" if top else group.replace("/", ".")
-        if isinstance(content, dict):
-            keys.update(_flatten(content, prefix))
-    return sorted(k for k in keys if not k.startswith(("defaults", "hydra")))
-
-
-def _flatten(values: Mapping[Any, Any], prefix: str) -> list[str]:
-    keys = []
-    for name, value in values.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        keys.append(key)
-        if isinstance(value, Mapping):
-            keys += _flatten(value, key)
-    return keys
-
-
-def groups() -> list[str]:
-    """Names of the config groups."""
-    return sorted(p.name for p in CONF.iterdir() if p.is_dir())
-
-
-def hydra_error(error: BaseException) -> UserError:
-    """A Hydra or OmegaConf error as one line with a suggestion."""
-    text = str(error)
-    match = re.search(r"Could not override '([^']+)'", text) or re.search(
-        r"Key '([^']+)' is not in struct", text
-    )
-    if match:
-        key = match.group(1)
-        full = re.search(r"full_key: (\S+)", text)
-        return _unknown_key(full.group(1) if full else key)
-    match = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
-    if match:
-        group, option = match.groups()
-        options = sorted(p.stem for p in (CONF / group).glob("[!_]*.yaml")) or re.findall(
-            r"^\t(\S+)$", text, re.MULTILINE
-        )
-        return UserError(
-            f"no option '{option}' in group '{group}'",
-            where=f"{group}={option}",
-            fix=suggest(option, options),
-        )
-    match = re.search(r"Could not override '?([\w/@.]+)'?\.\s*\n?No match in the defaults list", text)
-    if match:
-        return _unknown_key(match.group(1))
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return UserError(
-        f"the command line cannot be read: {first}",
-        fix="options are key=value or group=option; see python train.py --help",
-    )
-
-
-def _unknown_key(key: str) -> UserError:
-    import difflib
-
-    near = difflib.get_close_matches(key, [*known_keys(), *groups()], n=1, cutoff=0.6)
-    if not near and "." in key:  # right group, or the right last word in another group
-        last = key.rsplit(".", 1)[1]
-        near = [k for k in known_keys() if k.endswith(f".{last}")][:1]
-    fix = f"did you mean '{near[0]}'?" if near else "python train.py --help lists all keys"
-    return UserError(f"unknown key '{key}'", where=key, fix=fix)
-
-
-def _validation_error(error: Any, model: Any) -> UserError:
-    """pydantic's report as one line: the first problem in full, the other keys by name."""
-    problems = [_problem(entry, model) for entry in error.errors()]
-    first = problems[0]
-    others = list(dict.fromkeys(str(p.where) for p in problems[1:] if p.where != first.where))
-    if others:
-        return UserError(first.what, where=first.where, fix=f"{first.fix} (also wrong: {', '.join(others)})")
-    return first
-
-
-def _problem(entry: Mapping[str, Any], model: Any) -> UserError:
-    from lmlab.config.schema import RunConfig
-
-    path = _without_tags(entry["loc"])
-    key = ".".join(path)
-    given, kind, context = entry.get("input"), entry["type"], entry.get("ctx", {})
-    if kind == "extra_forbidden":
-        fields = _fields_at(path[:-1], entry["loc"], model)
-        near = suggest(path[-1], fields) if fields else "python train.py --help lists all keys"
-        if not path[:-1]:
-            near = suggest(path[-1], RunConfig.model_fields)
-        return UserError(f"unknown key '{key}'", where=key, fix=near)
-    if kind == "missing":
-        return UserError(f"{key} is missing", where=key, fix=f"add {key}=...")
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        discriminator = context.get("discriminator", "'kind'").strip("'")
-        options = [
-            option.strip(" '")
-            for option in str(context.get("expected_tags", "")).split(",")
-            if option.strip()
-        ]
-        tag = str(context.get("tag", ""))
-        where = f"{key}.{discriminator}" if key else discriminator
-        return UserError(f"unknown {where} '{tag}'", where=where, fix=suggest(tag, options))
-    if kind == "literal_error":
-        options = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        return UserError(f"{key}={given!r} is not allowed", where=key, fix=suggest(str(given), options))
-    allowed = entry["msg"].replace("Input should be ", "must be ").replace("Value error, ", "")
-    return UserError(f"{key}={given!r} is not allowed", where=key, fix=allowed)
-
-
-def _without_tags(location: tuple[Any, ...]) -> list[str]:
-    """pydantic's location without the union tags it inserts after the name of an open group."""
-    from lmlab.config.schema import RunConfig
-
-    tagged = ("model", "data", "tokenizer", "adapter", "quant", "optim", "loss", "sampler")
-    path = [str(part) for part in location]
-    if (
-        path
-        and path[0] in tagged
-        and path[0] in RunConfig.model_fields
-        and len(path) > 1
-        and _is_tag(path[0], path[1])
-    ):
-        return [path[0], *path[2:]]
-    if (
-        path
-        and path[0] in ("callbacks", "metrics", "samplers")
-        and len(path) > 2
-        and _is_tag(path[0], path[2])
-    ):
-        return [*path[:2], *path[3:]]
-    return path
-
-
-def _registry_of(group: str) -> Any:
-    from lmlab import registry
-
-    names = {
-        "data": "data_sources",
-        "model": "models",
-        "quant": "quants",
-        "optim": "optimizers",
-        "loss": "losses",
-    }
-    plural = {"tokenizer": "tokenizers", "adapter": "adapters", "sampler": "samplers"}
-    return getattr(registry, {**names, **plural}.get(group, group))
-
-
-def _is_tag(group: str, part: str) -> bool:
-    return part in _registry_of(group).names()
-
-
-def _fields_at(path: list[str], location: tuple[Any, ...], model: Any) -> list[str]:
-    """Names of the fields the config class at this place has."""
-    if not path:
-        return list(model.model_fields)
-    tags = [str(part) for part in location]
-    try:
-        if path[0] in ("callbacks", "metrics", "samplers") or _is_tag(path[0], tags[1]):
-            registry = _registry_of(path[0])
-            tag = next(part for part in tags[1:] if part in registry.names())
-            return list(registry.class_of(tag).model_fields)
-    except (AttributeError, StopIteration, IndexError):
-        pass
-    annotation = model.model_fields[path[0]].annotation
-    return list(getattr(annotation, "model_fields", {}))
-
-
 def refuse_secrets(values: Any, path: str = "") -> None:
     """Refuse a literal secret: config.yaml, W&B and checkpoints would all carry it.
 
-    A value is one if it has the shape of a known token, or stands under a key one of whose words is key, token,
-    secret or password and is not empty.
+    A value is one if it has the shape of a known token, is what WANDB_API_KEY or HF_TOKEN hold, or stands under a
+    key one of whose words is key, token, secret or password (eos_token and its like aside) and is not empty.
 
     Raises:
         UserError: names the key, never the value.
@@ -325,7 +280,13 @@ def refuse_secrets(values: Any, path: str = "") -> None:
             refuse_secrets(value, f"{path}[{index}]")
     elif isinstance(values, str) and values:
         words = set(re.split(r"[^a-z]+", path.rsplit(".", 1)[-1].lower()))
-        if _KNOWN_SECRETS.search(values) or words & _SECRET_WORDS:
+        special_token = "token" in words and words & _SPECIAL_TOKENS
+        ours = [os.environ.get(name, "") for name in _SECRET_VARIABLES]
+        if (
+            _KNOWN_SECRETS.search(values)
+            or (words & _SECRET_WORDS and not special_token)
+            or any(len(secret) >= 8 and secret in values for secret in ours)
+        ):
             raise UserError(
                 "a secret in the configuration",
                 where=path,

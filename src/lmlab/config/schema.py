@@ -1,12 +1,13 @@
 """The whole run as one frozen object. Hydra composes it, pydantic checks it here, nothing below changes it.
 
 The open groups (adapter, data, sampler, ...) are discriminated unions over whatever is registered, plugins
-included, so the class is built when it is needed. Rules that concern several keys are in `check_rules`, in one
+included, so the class is built when it is needed. Rules that concern several keys are in `broken_rules`, in one
 place, each with its remedy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, create_model
@@ -20,7 +21,7 @@ from lmlab.models.build import ModelConfig, Scratch
 from lmlab.models.head import LossConfig
 from lmlab.models.quantize import QuantConfig
 from lmlab.records import RefusedError, UserError
-from lmlab.registry import Config
+from lmlab.registry import Config, suggest
 from lmlab.tokenizers import BPETokenizer, FileTokenizer, FromModelTokenizer
 from lmlab.tracking.wandb import LoggerConfig
 from lmlab.training.options import CallbackConfig, CheckpointConfig, OptimConfig, SamplesConfig, TrainerConfig
@@ -60,63 +61,68 @@ class RunConfig(Config):
     launcher: LauncherConfig
 
 
+_built: dict[tuple[Any, ...], type[RunConfig]] = {}
+
+
 def run_config_class() -> type[RunConfig]:
-    """`RunConfig` with every open field narrowed to the union of the classes registered by now."""
-    unions: dict[str, Any] = {
-        "model": registry.models.union(),
-        "data": registry.data_sources.union(),
-        "tokenizer": registry.tokenizers.union(),
-        "adapter": registry.adapters.union(),
-        "quant": registry.quants.union(),
-        "optim": registry.optimizers.union(),
-        "loss": registry.losses.union(),
-        "sampler": registry.samplers.union(),
-        "samplers": dict[str, registry.samplers.union()],
-        "callbacks": dict[str, registry.callbacks.union()],
-        "metrics": dict[str, registry.metrics.union()],
-    }
-    return create_model(
-        "RunConfig", __base__=RunConfig, **{name: (union, ...) for name, union in unions.items()}
-    )
+    """`RunConfig` with every open field narrowed to the union of the classes registered by now.
 
-
-def check_rules(config: RunConfig) -> None:
-    """Rules over several keys.
-
-    Raises:
-        RefusedError: a combination that cannot train.
-        UserError: any other contradiction.
+    The same registered classes give the same class, so that equal configs compare equal.
     """
-    _check_adapter_and_quant(config)
+    known = tuple((group, classes.classes()) for group, classes in registry.BY_GROUP.items())
+    if known not in _built:
+        unions = {group: classes.union() for group, classes in registry.BY_GROUP.items()}
+        fields: dict[str, Any] = {
+            name: (dict[str, union] if name in registry.NAMED_GROUPS else union, ...)
+            for name, union in unions.items()
+        }
+        _built[known] = create_model("RunConfig", __base__=RunConfig, **fields)
+    return _built[known]
+
+
+def broken_rules(config: RunConfig) -> Iterator[UserError]:
+    """Rules over several keys: a `RefusedError` for a combination that cannot train, else a `UserError`."""
+    yield from _adapter_and_quant(config)
     trainer = config.trainer
     if (trainer.max_steps is None) == (trainer.max_epochs is None):
-        raise UserError(
+        yield UserError(
             f"trainer.max_steps={trainer.max_steps} and trainer.max_epochs={trainer.max_epochs}",
             where="trainer",
             fix="give one of the two and null for the other",
         )
     if isinstance(config.model, Scratch) and config.tokenizer.kind == "from_model":
-        raise UserError(
+        yield UserError(
             "a model from scratch brings no tokenizer",
             where="tokenizer",
             fix="use tokenizer=bpe or tokenizer=file",
         )
     if not isinstance(config.model, Scratch) and config.tokenizer.kind == "bpe":
-        raise UserError(
+        yield UserError(
             "a pretrained model cannot take a new vocabulary",
             where="tokenizer",
             fix="use tokenizer=from_model",
         )
     if trainer.precision == "fp16" and trainer.accelerator == "cpu":
-        raise UserError(
+        yield UserError(
             "trainer.precision=fp16 on a CPU", where="trainer.precision", fix="use bf16 or fp32 there"
         )
+    if config.overwrite and config.resume is not None:
+        yield UserError(
+            f"overwrite=true with resume={config.resume}",
+            where="overwrite",
+            fix="overwrite begins anew, resume goes on: give one of the two",
+        )
+    for name in config.samples.grid:
+        if name not in config.samplers:
+            yield UserError(
+                f"unknown sampler '{name}'", where="samples.grid", fix=suggest(name, config.samplers)
+            )
 
 
-def _check_adapter_and_quant(config: RunConfig) -> None:
+def _adapter_and_quant(config: RunConfig) -> Iterator[RefusedError]:
     adapter, quant = config.adapter.kind, config.quant.kind
     if adapter == "qlora" and quant not in ("nf4", "fp4"):
-        raise RefusedError(
+        yield RefusedError(
             f"adapter=qlora over quant={quant}",
             where="quant",
             fix="use quant=nf4 or quant=fp4, or adapter=lora",
@@ -126,12 +132,13 @@ def _check_adapter_and_quant(config: RunConfig) -> None:
     if quant in ("fp16", "bf16"):
         if _gpu_wanted(config):
             return  # means mixed training there; `mixed_precision_instead` says so
-        raise RefusedError(
+        yield RefusedError(
             f"adapter=none with quant={quant}: a trainable base keeps fp32 weights",
             where="quant",
             fix=f"use quant=none trainer.precision=bf16 for mixed 16-bit training, or adapter=lora quant={quant}",
         )
-    raise RefusedError(
+        return
+    yield RefusedError(
         f"adapter=none with quant={quant}: {quant} weights cannot be trained",
         where="quant",
         fix=f"use adapter={'qlora' if quant in ('nf4', 'fp4') else 'lora'} quant={quant}, or quant=none",

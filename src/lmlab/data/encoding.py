@@ -58,13 +58,24 @@ class LengthPolicy:
 
 
 def encode_document(document: Document, encode: Encode, eos_token_id: int) -> EncodedDocument:
-    """Encode without any length limit; EOS is appended, and trained if the last segment is."""
+    """Encode without any length limit; EOS is appended, and trained if the last segment is.
+
+    A text that ends with EOS already (as many chat templates write it, perhaps with a line end behind) gets no second.
+    """
     text = "".join(segment.text for segment in document.segments)
     ids, offsets = encode(text)
     flags = _trained_flags(document, offsets)
-    if document.ends:
+    if document.ends and not _ended(text, ids, offsets, eos_token_id):
         ids, flags = [*ids, eos_token_id], np.append(flags, document.segments[-1].trained)
     return EncodedDocument(np.asarray(ids, dtype=np.int64), flags.astype(bool), offsets, document)
+
+
+def _ended(text: str, ids: list[int], offsets: list[tuple[int, int]], eos_token_id: int) -> bool:
+    """Whether nothing but white space follows the last EOS."""
+    for token, (start, end) in zip(reversed(ids), reversed(offsets), strict=True):
+        if token == eos_token_id or text[start:end].strip():
+            return token == eos_token_id
+    return False
 
 
 def _trained_flags(document: Document, offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -99,8 +110,12 @@ def fit_document(
     """
     whole = encode_document(format(record, options), encode, eos_token_id)
     limit = policy.max_length
-    if limit is None or len(whole.ids) <= limit:
-        return _with_trained(whole)
+    if limit is None:
+        return _with_trained(
+            whole
+        )  # part of a stream, where its first token is predicted from what stands before
+    if len(whole.ids) <= limit:
+        return _alone(whole)
     if policy.too_long == "drop":
         raise BadRecordError("too long", f"{len(whole.ids)} tokens")
     if policy.too_long == "error":
@@ -111,61 +126,56 @@ def fit_document(
         )
     if policy.too_long == "truncate_prompt":
         for name in SHRINKABLE.get(format_name, ()):
-            column = options.columns.get(name, name)
-            record, fitted = _shrink(
-                record, column, format, options, encode, eos_token_id=eos_token_id, limit=limit
-            )
-            if fitted is not None:
-                return _with_trained(replace(fitted, truncated=True))
-        whole = encode_document(_format_or(whole.document, record, format, options), encode, eos_token_id)
-    return _with_trained(_cut_end(whole, limit))
 
+            def attempt(shorter: Record) -> EncodedDocument:
+                return encode_document(format(shorter, options), encode, eos_token_id)
 
-def _format_or(fallback: Document, record: Record, format: Format, options: FormatOptions) -> Document:
-    # A required field shrunk to nothing cannot be formatted any more; then the uncut document is cut at its end.
-    try:
-        return format(record, options)
-    except BadRecordError:
-        return fallback
+            record, whole = _shrink(record, options.columns.get(name, name), attempt, whole, limit=limit)
+            if len(whole.ids) <= limit:
+                return _alone(replace(whole, truncated=True))
+    return _alone(_cut_end(whole, limit))
 
 
 def _shrink(
     record: Record,
     column: str,
-    format: Format,
-    options: FormatOptions,
-    encode: Encode,
+    attempt: Callable[[Record], EncodedDocument],
+    whole: EncodedDocument,
     *,
-    eos_token_id: int,
     limit: int,
-) -> tuple[Record, EncodedDocument | None]:
-    """Cut as few characters as possible from the beginning of one field; (record with it shortest, None) if not enough.
+) -> tuple[Record, EncodedDocument]:
+    """Cut as few characters as possible from the beginning of one field, or all that may be cut if that is not enough.
 
     The number of tokens is nearly monotone in the characters kept, so a binary search finds the cut in some 10 calls.
+    ``whole`` is the encoded ``record``, and what comes back if this field cannot be cut.
     """
     value = record.fields.get(column)
     if not isinstance(value, str) or not value:
-        return record, None
+        return record, whole
 
-    def attempt(kept: int) -> tuple[Record, EncodedDocument | None]:
-        shorter = replace(record, fields={**record.fields, column: value[len(value) - kept :]})
+    def keep(characters: int) -> tuple[Record, EncodedDocument] | None:
+        shorter = replace(record, fields={**record.fields, column: value[len(value) - characters :]})
         try:
-            encoded = encode_document(format(shorter, options), encode, eos_token_id)
+            return shorter, attempt(shorter)
         except BadRecordError:
-            return shorter, None
-        return shorter, encoded if len(encoded.ids) <= limit else None
+            return None
 
-    shortest = attempt(0)
-    low, high, best = 0, len(value), shortest
-    if shortest[1] is None:
-        shortest = attempt(1)  # a required field may not be empty
-        if shortest[1] is None:
-            return shortest
-        low, best = 1, shortest
+    low = 0
+    best = keep(low)
+    if (
+        best is None
+    ):  # a required field: its last character that is not white space stays, and what follows it
+        low = 1 + len(value) - len(value.rstrip())
+        best = keep(low)
+        if best is None:
+            return record, whole
+    if len(best[1].ids) > limit:
+        return best
+    high = len(value)
     while high - low > 1:
         middle = (low + high) // 2
-        candidate = attempt(middle)
-        if candidate[1] is None:
+        candidate = keep(middle)
+        if candidate is None or len(candidate[1].ids) > limit:
             high = middle
         else:
             low, best = middle, candidate
@@ -178,7 +188,15 @@ def _cut_end(encoded: EncodedDocument, limit: int) -> EncodedDocument:
 
 
 def _with_trained(encoded: EncodedDocument) -> EncodedDocument:
-    # The first token is never predicted, so a trained flag there alone trains nothing.
-    if not encoded.trained[1:].any():
+    if not encoded.trained.any():
         raise BadRecordError("no trained token", f"{len(encoded.ids)} tokens, none of them response")
     return encoded
+
+
+def _alone(encoded: EncodedDocument) -> EncodedDocument:
+    # Nothing stands before a document of its own, so its first token is never predicted and counts as untrained.
+    if encoded.trained[:1].any():
+        trained = encoded.trained.copy()
+        trained[0] = False
+        encoded = replace(encoded, trained=trained)
+    return _with_trained(encoded)

@@ -20,7 +20,8 @@ ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{{ instruction }}\n\n{% if input %}### Input:\n{{ input }}\n\n{% endif %}### Response:\n"
 )
-"""Prompt of the Stanford Alpaca project (github.com/tatsu-lab/stanford_alpaca), both variants."""
+"""Both prompts of the Stanford Alpaca project (github.com/tatsu-lab/stanford_alpaca), with a line end after
+"### Response:" (as Alpaca-LoRA and others have it), so that no token holds the heading's end and the answer's start."""
 
 BRIEF = (
     "### Instruction:\n{{ instruction }}\n{% if input %}### Input:\n{{ input }}\n{% endif %}### Response:\n"
@@ -63,7 +64,8 @@ def template_source(name_or_text: str) -> str:
     """The Jinja source of a named template, or the text itself if it is one.
 
     Raises:
-        UserError: neither a known name nor a template with ``{{ instruction }}`` in it, or not valid Jinja.
+        UserError: neither a known name nor a template with ``{{ instruction }}`` in it, not valid Jinja, or
+            another variable than these two.
     """
     source = TEMPLATES.get(name_or_text, name_or_text)
     if "instruction" not in source or "{{" not in source:
@@ -73,13 +75,24 @@ def template_source(name_or_text: str) -> str:
             where="data.template",
             fix=f"one of {names}, or a Jinja text with {{{{ instruction }}}}",
         )
+    fix = "mend it; it may use {{ instruction }} and {{ input }}"
     try:
-        _compiled(source)
-    except Exception as error:
-        raise UserError(
-            f"not a valid Jinja template: {error}", where="data.template", fix="mend it"
-        ) from error
+        used = _variables(source)
+    except Exception as error:  # jinja2's own, and what its parser stumbles over
+        raise UserError(f"not a valid Jinja template: {error}", where="data.template", fix=fix) from error
+    if unknown := used - {"instruction", "input"}:
+        what = f"the template uses {', '.join(sorted(unknown))}, which no record has"
+        raise UserError(what, where="data.template", fix=fix)
+    if "instruction" not in used:
+        raise UserError("the template leaves the instruction out", where="data.template", fix=fix)
     return source
+
+
+def _variables(source: str) -> set[str]:
+    from jinja2 import meta
+
+    template = _compiled(source)
+    return meta.find_undeclared_variables(template.environment.parse(source)) - set(template.globals)
 
 
 @lru_cache(maxsize=16)
@@ -108,11 +121,15 @@ def _field(record: Record, name: str, options: FormatOptions, *, required: bool 
         raise BadRecordError(f"{name} is not text", f"field '{column}' is {type(value).__name__}")
     if required and not value.strip():
         raise BadRecordError(f"empty {name}", f"field '{column}'")
+    return _unicode(value, f"field '{column}'")
+
+
+def _unicode(value: str, place: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRecordError(
-            "not Unicode text", f"field '{column}' has a lone surrogate at character {error.start}"
+            "not Unicode text", f"{place} has a lone surrogate at character {error.start}"
         ) from error
     return value
 
@@ -126,7 +143,11 @@ def _response_document(prompt: str, response: str, options: FormatOptions) -> Do
 def triples(record: Record, options: FormatOptions) -> Document:
     """instruction / input (may be empty) / output through the template; the output is trained."""
     instruction, output = _field(record, "instruction", options), _field(record, "output", options)
-    prompt = render_prompt(options.template, instruction, _field(record, "input", options, required=False))
+    given = _field(record, "input", options, required=False)
+    try:
+        prompt = render_prompt(options.template, instruction, given)
+    except Exception as error:  # the template compiles (template_source), but not every record fits it
+        raise BadRecordError("template fails", str(error)) from error
     return _response_document(prompt, output, options)
 
 
@@ -150,6 +171,7 @@ def messages(record: Record, options: FormatOptions) -> Document:
 
     The spans are found by rendering growing prefixes of the conversation, so no generation marks are needed in
     the template; a template whose prefixes do not agree with the whole cannot be masked safely and is refused.
+    What follows the last assistant turn is left out. Where the template's own end mark is not EOS, EOS follows it.
     """
     turns = _turns(record, options)
     if options.render_chat is None:
@@ -158,16 +180,21 @@ def messages(record: Record, options: FormatOptions) -> Document:
             where="data.format=messages",
             fix="use a model with one, or triples",
         )
-    whole = options.render_chat(turns, False)
+
+    def render(upto: int, add_generation_prompt: bool) -> str:
+        assert options.render_chat is not None
+        try:
+            return options.render_chat(turns[:upto], add_generation_prompt)
+        except Exception as error:  # a template refuses roles out of turn by raising
+            raise BadRecordError("chat template refuses it", str(error)) from error
+
+    whole = render(len(turns), False)
     segments: list[Segment] = []
     position = 0
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before, after = (
-            options.render_chat(turns[:index], True),
-            options.render_chat(turns[: index + 1], False),
-        )
+        before, after = render(index, True), render(index + 1, False)
         if not (
             whole.startswith(before) and whole.startswith(after) and len(after) > len(before) >= position
         ):
@@ -180,9 +207,7 @@ def messages(record: Record, options: FormatOptions) -> Document:
     if not segments:
         raise BadRecordError("no assistant turn")
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    prompt = options.render_chat(turns[:last], True)
-    # The template writes its own end mark, so no EOS is added behind it.
-    return Document(tuple(segments), ends=False, prompt=prompt, response=turns[last]["content"])
+    return Document(tuple(segments), prompt=render(last, True), response=turns[last]["content"])
 
 
 _ROLES = {
@@ -196,7 +221,9 @@ _ROLES = {
 
 def _turns(record: Record, options: FormatOptions) -> list[dict[str, Any]]:
     column = options.columns.get("messages", "messages")
-    raw = record.fields.get(column, record.fields.get("conversations"))
+    raw = record.fields.get(column)
+    if raw is None:
+        raw = record.fields.get("conversations")
     if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
         raise BadRecordError("no messages", f"field '{column}' is missing, empty or not a list")
     turns = []
@@ -204,10 +231,21 @@ def _turns(record: Record, options: FormatOptions) -> list[dict[str, Any]]:
         role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
         content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
         if not isinstance(role, str) or not isinstance(content, str):
-            raise BadRecordError("message without role or content")
-        turns.append({"role": _ROLES.get(role, role), "content": content})
+            raise BadRecordError("message without role or content", f"message {len(turns) + 1}")
+        role = _ROLES.get(role, role)
+        if role == "assistant" and not content.strip():
+            raise BadRecordError("empty response", f"message {len(turns) + 1}")
+        turns.append({"role": role, "content": _unicode(content, f"message {len(turns) + 1}")})
     return turns
 
+
+FIELDS = {
+    "triples": ("instruction", "input", "output"),
+    "completion": ("prompt", "completion"),
+    "text": ("text",),
+    "messages": ("messages",),
+}
+"""Fields each format reads."""
 
 SHRINKABLE = {"triples": ("input", "instruction"), "completion": ("prompt",)}
 """Fields whose beginning is cut, in this order, when an example is too long (``too_long=truncate_prompt``)."""

@@ -63,16 +63,27 @@ class StepBatches(Sampler[list[int]]):
             micro += 1
 
 
+BLANK = -1
+"""Row index of a row without content: one token and nothing to predict (`packing.blank_row`)."""
+
+
 class ShareOfRows(Sampler[list[int]]):
-    """Batches over rows ``rank, rank + world_size, ...`` once, in order: each row is on exactly one rank."""
+    """Batches over rows ``rank, rank + world_size, ...`` once, in order: each row is on exactly one rank.
+
+    Every rank yields the same number of batches: one whose share is used up (or empty, with fewer rows than
+    ranks) yields a `BLANK` row, so that all of them make the same forward passes and reductions and none waits.
+    """
 
     def __init__(self, num_rows: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.rows = range(rank, num_rows, world_size)
         self.batch_size = batch_size
+        self.num_batches = -(
+            -len(range(0, num_rows, world_size)) // batch_size
+        )  # of rank 0, who has the most
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self.rows), self.batch_size):
-            yield list(self.rows[start : start + self.batch_size])
+        for batch in range(self.num_batches):
+            yield list(self.rows[batch * self.batch_size : (batch + 1) * self.batch_size]) or [BLANK]

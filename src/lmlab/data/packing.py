@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from lmlab.data.order import BLANK
 from lmlab.data.shards import Shard
 from lmlab.records import IGNORE_INDEX, Example, PackedBatch
 
 
 class DocumentRows(Dataset[Example]):
-    """Rows of whole documents.
+    """Rows of whole documents; index `BLANK` is a row without content.
 
     Args:
         shard: the split.
@@ -39,6 +40,8 @@ class DocumentRows(Dataset[Example]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
+        if index == BLANK:
+            return blank_row()
         pieces = [self._document(i) for i in self.rows[index]]
         return Example(
             torch.cat([ids for ids, _ in pieces]),
@@ -52,7 +55,7 @@ class DocumentRows(Dataset[Example]):
 
 
 class StreamRows(Dataset[Example]):
-    """Windows of ``max_length`` tokens over the whole split; the last one may be shorter."""
+    """Windows of ``max_length`` tokens over the whole split; the last one may be shorter; index `BLANK` is empty."""
 
     def __init__(self, shard: Shard, *, max_length: int) -> None:
         self.shard, self.max_length = shard, max_length
@@ -61,12 +64,19 @@ class StreamRows(Dataset[Example]):
         return -(-(len(self.shard.tokens) - 1) // self.max_length)
 
     def __getitem__(self, index: int) -> Example:
+        if index == BLANK:
+            return blank_row()
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self.max_length
         end = min(start + self.max_length + 1, len(self.shard.tokens))
         ids, labels = shifted(self.shard.tokens[start:end], self.shard.trained[start:end])
         return Example(ids, labels, (len(ids),))
+
+
+def blank_row() -> Example:
+    """One token with nothing to predict, for a rank without rows: no loss, no supervised token, one of ``num_tokens``."""
+    return Example(torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE_INDEX), (1,))
 
 
 def shifted(tokens: np.ndarray, trained: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

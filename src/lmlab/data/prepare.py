@@ -19,14 +19,16 @@ from typing import Any
 import numpy as np
 
 from lmlab.data import preview
-from lmlab.data.encoding import BadRecordError, Encode, EncodedDocument, LengthPolicy, fit_document
-from lmlab.data.formats import FormatOptions, formats, template_source
+from lmlab.data.encoding import Encode, EncodedDocument, LengthPolicy, fit_document
+from lmlab.data.files import Intake
+from lmlab.data.formats import FIELDS, BadRecordError, FormatOptions, formats, template_source
 from lmlab.data.packing import DocumentRows, StreamRows
 from lmlab.data.shards import Shard, write_split
-from lmlab.data.sources import DataConfig, Intake, cache_root
+from lmlab.data.sources import DataConfig, cache_root
 from lmlab.records import Document, Record, Segment, UserError
 
-ENCODING_VERSION = 1  # raise it whenever the same data and tokenizer would give other files
+ENCODING_VERSION = {"pretrain": 1, "sft": 2}
+"""Of each task; raise it whenever the same data and tokenizer would give other files."""
 MAX_VAL_PROMPTS = 512
 
 
@@ -68,17 +70,16 @@ class PreparedData:
         return DocumentRows(shard, max_length=length, packing=self.meta["packing"] and split == "train")
 
 
-def split_records(records: list[Record], val_fraction: float) -> tuple[list[Record], list[Record]]:
+def split_records(
+    records: list[Record], val_fraction: float, *, text_column: str | None = None
+) -> tuple[list[Record], list[Record]]:
     """Train and validation by a hash of each record's group or content: adding records moves no old one.
 
-    A single text is cut instead: its last ``val_fraction``. At least one group is held out.
+    At least one group is held out, and one is left where there are two or more. A single record whose
+    ``text_column`` is a text is cut instead: its last ``val_fraction`` is held out.
     """
-    if (
-        len(records) == 1
-        and set(records[0].fields) == {"text"}
-        and isinstance(records[0].fields["text"], str)
-    ):
-        return _cut_text(records[0], val_fraction)
+    if len(records) == 1 and isinstance(records[0].fields.get(text_column or ""), str):
+        return _cut_text(records[0], str(text_column), val_fraction)
     draws = [_draw(record) for record in records]
     threshold = max(val_fraction, min(draws, default=0.0))
     if all(
@@ -94,23 +95,61 @@ def _draw(record: Record) -> float:
     return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
-def _cut_text(record: Record, val_fraction: float) -> tuple[list[Record], list[Record]]:
-    text = record.fields["text"]
+def _cut_text(record: Record, column: str, val_fraction: float) -> tuple[list[Record], list[Record]]:
+    text = record.fields[column]
     cut = len(text) - max(1, round(len(text) * val_fraction))
-    return [replace(record, fields={"text": text[:cut]})], [replace(record, fields={"text": text[cut:]})]
+    cut = max(0, min(cut, len(text.rstrip()) - 1))  # white space at the end alone is nothing to validate on
+    if not text[:cut].strip():
+        raise UserError(
+            f"a text of {len(text)} characters is too short to hold out its last part",
+            where=record.where,
+            fix="give more text",
+        )
+    parts = [replace(record, fields={**record.fields, column: part}) for part in (text[:cut], text[cut:])]
+    return parts[:1], parts[1:]
+
+
+def _read_split(
+    config: DataConfig, intake: Intake, *, task: str, format_name: str
+) -> tuple[list[Record], list[Record]]:
+    records = list(config.records(intake, task=task))
+    _check_columns(config, format_name, records)
+    text_column = config.columns.get("text", "text") if format_name == "text" else None
+    return split_records(records, config.val_fraction, text_column=text_column)
+
+
+def _check_columns(config: DataConfig, format_name: str, records: list[Record]) -> None:
+    """Refuse a column that no record has: a mistyped ``input`` would otherwise be empty everywhere, without a word."""
+    found = {column for record in records for column in record.fields}
+    for field in FIELDS.get(format_name, ()):
+        column = config.columns.get(field, field)
+        absent = column not in found and not (column == "messages" and "conversations" in found)
+        if records and absent and (column, field) != ("input", "input"):
+            raise UserError(
+                f"no record has a field '{column}', as data.format={format_name} needs it",
+                where=f"data.columns.{field}",
+                fix=f"name one of {', '.join(sorted(found)[:12]) or 'no fields at all'}, or choose another data.format",
+            )
 
 
 def training_texts(config: DataConfig, *, task: str) -> Iterator[str]:
     """The texts of the training split, for training a tokenizer that never sees the validation split."""
     intake = Intake(config.on_bad_record)
-    options = _options(config, task=task, render_chat=None)
-    format = formats.get(config.format_for(task))
-    train, _ = split_records(list(config.records(intake, task=task)), config.val_fraction)
+    format_name = config.format_for(task)
+    options = _options(config, task=task, render_chat=_plain_chat)
+    format = formats.get(format_name)
+    train, _ = _read_split(config, intake, task=task, format_name=format_name)
     for record in train:
         try:
             yield "".join(segment.text for segment in format(record, options).segments)
         except BadRecordError as error:
             intake.bad(error.reason, where=record.where, detail=error.detail)
+
+
+def _plain_chat(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    # The tokenizer in the making has no chat template yet; its marks will be special tokens, which are not learned.
+    turns = "".join(f"{message['role']}\n{message['content']}\n" for message in messages)
+    return turns + ("assistant\n" if add_generation_prompt else "")
 
 
 def _options(
@@ -124,7 +163,7 @@ def _options(
 def data_key(config: DataConfig, encoder: TextEncoder, *, task: str) -> str:
     """Hash of everything the prepared files depend on."""
     parts = [
-        ENCODING_VERSION,
+        ENCODING_VERSION[task],
         config.model_dump(mode="json"),
         config.content_key(),
         encoder.key,
@@ -153,7 +192,8 @@ def prepare(config: DataConfig, encoder: TextEncoder, *, task: str) -> PreparedD
             temporary.rename(folder)
         except OSError:
             if not (folder / "meta.json").exists():  # else another process was faster with the same content
-                raise
+                shutil.rmtree(folder)  # what somebody's clearing of the cache left of it
+                temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return PreparedData.load(folder)
@@ -163,21 +203,13 @@ def _write(folder: Path, config: DataConfig, encoder: TextEncoder, *, task: str)
     intake = Intake(config.on_bad_record)
     format_name = config.format_for(task)
     options = _options(config, task=task, render_chat=encoder.render_chat)
-    records = list(config.records(intake, task=task))
     stream = task == "pretrain" or format_name == "text"
     policy = LengthPolicy(None if stream else config.max_length, config.too_long)
     sides: dict[str, list[EncodedDocument]] = {}
-    for split, side in zip(("train", "val"), split_records(records, config.val_fraction), strict=True):
-        sides[split] = list(_encoded(side, intake, format_name, options, encoder, policy))
-    where = getattr(config, "path", None) or config.kind
-    for split, documents in sides.items():
-        if not documents:
-            fix = "give more records, or another data.val_fraction"
-            raise UserError(
-                f"no {split} record left of {intake.read} read ({dict(intake.dropped) or 'none dropped'})",
-                where=str(where),
-                fix=fix,
-            )
+    split = _read_split(config, intake, task=task, format_name=format_name)
+    for name, side in zip(("train", "val"), split, strict=True):
+        sides[name] = list(_encoded(side, intake, format_name, options, encoder, policy))
+    _check_sides(config, intake, sides)
     for split, documents in sides.items():
         start = _stream_start(encoder) if stream else []
         write_split(folder / split, [*start, *documents], vocab_size=encoder.vocab_size)
@@ -194,6 +226,23 @@ def _write(folder: Path, config: DataConfig, encoder: TextEncoder, *, task: str)
     }
     (folder / "mask_preview.txt").write_text(examples, encoding="utf-8")
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+
+
+def _check_sides(config: DataConfig, intake: Intake, sides: dict[str, list[EncodedDocument]]) -> None:
+    """Both splits need a record.
+
+    Raises:
+        UserError: with what was read, dropped and left.
+    """
+    if all(sides.values()):
+        return
+    empty = "train" if not sides["train"] else "validation"
+    dropped = ", ".join(f"{reason}: {n}" for reason, n in sorted(intake.dropped.items())) or "none"
+    raise UserError(
+        f"no {empty} record: {intake.read} read, dropped {dropped}, left {len(sides['train'])} to train on and {len(sides['val'])} to validate on",
+        where=str(getattr(config, "path", None) or getattr(config, "name", None) or config.kind),
+        fix="give more records; equal ones, and those of one group, stay on one side",
+    )
 
 
 def _encoded(

@@ -7,7 +7,7 @@ Ranks and loader workers map the same pages; memory grows with the batch, not wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,15 @@ import numpy as np
 from lmlab.data.encoding import EncodedDocument
 
 
-def write_split(folder: Path, documents: Iterable[EncodedDocument], *, vocab_size: int) -> None:
+def write_split(folder: Path, documents: Sequence[EncodedDocument], *, vocab_size: int) -> None:
     """Write the documents of one split to ``folder`` (made here)."""
     folder.mkdir(parents=True)
+    # A vocabulary with gaps has ids at or above its size.
+    largest = max((int(document.ids.max(initial=0)) for document in documents), default=0)
+    dtype = np.uint16 if max(vocab_size - 1, largest) < 2**16 else np.uint32
     ids, trained, lengths, text_bytes = [], [], [0], []
     for document in documents:
-        ids.append(document.ids.astype(np.uint16 if vocab_size <= 2**16 else np.uint32))
+        ids.append(document.ids.astype(dtype))
         trained.append(document.trained)
         lengths.append(len(document.ids))
         text_bytes.append(document.trained_bytes)

@@ -64,8 +64,8 @@ class ModelConfig(Config):
         """Where weights and tokenizer lie: a local directory or a hub id; None for a scratch model."""
         return None
 
-    def hf_config(self, vocab_size: int | None) -> PretrainedConfig:
-        """The transformers config; ``vocab_size`` is the tokenizer's, where the model has none of its own."""
+    def hf_config(self, vocab_size: int | None, *, eos_token_id: int | None = None) -> PretrainedConfig:
+        """The transformers config; size and EOS are the tokenizer's, for a model that has none of its own."""
         raise NotImplementedError
 
 
@@ -92,7 +92,7 @@ class Pretrained(ModelConfig):
     def source(self) -> str:
         return resolve_source(self.name_or_path)
 
-    def hf_config(self, vocab_size: int | None) -> PretrainedConfig:
+    def hf_config(self, vocab_size: int | None, *, eos_token_id: int | None = None) -> PretrainedConfig:
         """The model's own config.
 
         Raises:
@@ -143,7 +143,7 @@ class Scratch(ModelConfig):
     def label(self) -> str:
         return self.name
 
-    def hf_config(self, vocab_size: int | None) -> PretrainedConfig:
+    def hf_config(self, vocab_size: int | None, *, eos_token_id: int | None = None) -> PretrainedConfig:
         """The config with the tokenizer's vocabulary size.
 
         Raises:
@@ -162,6 +162,8 @@ class Scratch(ModelConfig):
         values = dict(self.config)
         if vocab_size is not None:
             values["vocab_size"] = vocab_size
+        # An architecture's default ids (Llama: 1 and 2) mean other tokens in a vocabulary trained here.
+        values.update(bos_token_id=None, eos_token_id=eos_token_id)
         try:
             config = AutoConfig.for_model(self.architecture, **values)
         except Exception as error:
@@ -255,6 +257,7 @@ def build_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    model: Any
     if isinstance(model_config, Pretrained):
         model = _load_weights(model_config, hf_config, dtype)
     else:

@@ -260,7 +260,7 @@ class LinearStorage:
         return self.bits / (self.shape[0] * self.shape[1])
 
 
-def linear_storage(model: nn.Module | Any) -> list[LinearStorage]:
+def linear_storage(model: Any) -> list[LinearStorage]:
     """Storage of every linear layer of the (unadapted) base except its output head, bias not counted."""
     head = model.get_output_embeddings()
     found = []

@@ -1,0 +1,1 @@
+"""Config: composition, errors, plugins."""

@@ -1,0 +1,214 @@
+"""What the YAMLs compose to: every option of every group, the defaults, who beats whom, and the frozen copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from lmlab.config.compose import CONF, dump_yaml, fingerprint, load_frozen, to_run_config
+from lmlab.records import UserError
+
+from .conftest import Compose
+
+OPTIONS = sorted(
+    f"{file.parent.name}={file.stem}" for file in CONF.glob("*/[!_]*.yaml") if file.parent.name != "hydra"
+)
+
+NOT_YET = {  # listed in design.md, built later in this issue; then the key belongs below and not here
+    "data.cross_document_attention": "the packed attention across documents of one stream",
+    "trainer.auto_batch": "the search for the largest batch that fits",
+}
+PROMISED = """
+    task=pretrain run_name=a seed=7 output_root=elsewhere resume=auto overwrite=false plugins=[]
+    model.gradient_checkpointing=true tokenizer.vocab_size=999
+    data.path=elsewhere.txt data.format=text data.template=alpaca data.columns.text=body data.max_length=64
+    data.packing=true data.val_fraction=0.25 data.too_long=drop data.on_bad_record=skip
+    trainer.max_steps=null trainer.max_epochs=2 trainer.batch_size=3 trainer.accumulate_grad_batches=4
+    trainer.accelerator=cpu trainer.devices=2 trainer.num_nodes=2 trainer.strategy=ddp trainer.precision=bf16
+    trainer.gradient_clip_val=0.5 trainer.val_every_n_steps=11 trainer.log_every_n_steps=12 trainer.compile=true
+    trainer.on_nonfinite=skip
+    adapter.rank=5 adapter.alpha=6 adapter.dropout=0.1 adapter.target_modules=[q_proj] quant.double_quant=false
+    optim.name=paged_adamw8bit optim.lr=0.5 optim.weight_decay=0.125 optim.warmup_steps=13 optim.schedule=linear
+    sampler.temperature=0.5 sampler.top_p=0.25 sampler.max_new_tokens=14
+    samples.every_n_steps=15 samples.prompts=2 samples.grid=[top_k] checkpoint.every_n_steps=16 checkpoint.keep=2
+    logger.mode=offline logger.project=p logger.group=g launcher.jobs=2
+""".split()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes_and_validates(
+    composed: Compose, run_config: Compose, option: str
+) -> None:
+    others = ["model=llama_tiny"] if option == "tokenizer=bpe" else []
+    required = [f"{key}=given" for key in OmegaConf.missing_keys(composed(option, *others))]
+    config = run_config(option, *others, *required)
+    group, name = option.split("=")
+    config = run_config(option, *NEEDED.get(option, []))
+    chosen = getattr(config, group, None)
+    if hasattr(chosen, "kind") and group != "model":
+        assert chosen.kind == name
+    if group in ("callbacks", "metrics"):
+        assert sorted(chosen) == ([] if name == "none" else [name])
+    if group == "task":
+        assert config.task == name
+
+
+def test_there_are_the_options_the_design_names() -> None:
+    promised = """task=sft task=pretrain model=tiny model=llama_tiny model=llama_30m model=gpt2_tiny model=gpt2_124m
+        model=pretrained data=python_help data=skills data=text data=jsonl data=hub tokenizer=from_model tokenizer=bpe
+        tokenizer=file adapter=none adapter=lora adapter=qlora quant=none quant=fp16 quant=bf16 quant=int8 quant=nf4
+        quant=fp4 sampler=greedy sampler=temperature sampler=top_k sampler=top_p sampler=top_p_temperature"""
+    assert set(promised.split()) <= set(OPTIONS)
+
+
+def test_defaults_of_a_plain_start(run_config: Compose) -> None:
+    config = run_config()
+    assert (config.task, config.model.name_or_path, config.data.kind) == ("sft", "lmlab:tiny-base", "python_help")
+    assert (config.tokenizer.kind, config.adapter.kind, config.quant.kind) == ("from_model", "lora", "none")
+    assert (config.sampler.kind, config.trainer.max_steps, config.output_root) == ("greedy", 200, "outputs")
+    assert config.samples.grid == ["greedy", "top_p_temperature"]
+    assert set(config.samplers) == {"greedy", "temperature", "top_k", "top_p", "top_p_temperature"}
+    assert all(sampler.kind == name for name, sampler in config.samplers.items())
+    assert config.trainer.precision == "auto"
+    assert [step for step in range(1, 131) if config.trainer.log_due(step)] == [*range(1, 101), 110, 120, 130]
+
+
+def test_defaults_of_pretraining(run_config: Compose) -> None:
+    config = run_config("task=pretrain")
+    assert (config.task, config.model.name, config.data.kind) == ("pretrain", "llama_tiny", "python_help")
+    assert (config.tokenizer.kind, config.adapter.kind, config.quant.kind) == ("bpe", "none", "none")
+    assert config.data.format_for("pretrain") == "text"
+
+
+def test_output_root_comes_from_the_environment(run_config: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMLAB_OUTPUT_ROOT", "/somewhere/else")
+    assert run_config().output_root == "/somewhere/else"
+    assert run_config("output_root=here").output_root == "here"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "quant"),
+    [
+        (["adapter=qlora"], "nf4"),
+        (["adapter=qlora", "quant=fp4"], "fp4"),
+        (["quant=fp4", "adapter=qlora"], "fp4"),
+        (["adapter=lora", "quant=int8"], "int8"),
+    ],
+)
+def test_an_option_chooses_and_the_command_line_wins(
+    run_config: Compose, overrides: list[str], quant: str
+) -> None:
+    assert run_config(*overrides).quant.kind == quant
+
+
+def test_command_line_beats_the_tasks_choices(run_config: Compose) -> None:
+    config = run_config("task=pretrain", "model=gpt2_tiny", "tokenizer=file", "tokenizer.path=x")
+    assert (config.model.name, config.tokenizer.kind) == ("gpt2_tiny", "file")
+    assert run_config("task=pretrain", "model=tiny").tokenizer.kind == "from_model"
+    assert list(run_config("data=skills").metrics) == ["exact_match"]
+    assert run_config("data=skills", "metrics=none").metrics == {}
+
+
+def test_experiment_beats_task_and_debug_beats_experiment(run_config: Compose, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /task: pretrain\n  - override /model: gpt2_tiny\n  - override /adapter: lora\n"
+        "trainer: {max_steps: 7, batch_size: 5}\n",
+        encoding="utf-8",
+    )
+    config = run_config("experiment=mine", config_dir=tmp_path)
+    assert (config.task, config.model.name, config.adapter.kind) == ("pretrain", "gpt2_tiny", "lora")
+    assert (config.trainer.max_steps, config.trainer.batch_size) == (7, 5)
+    told = run_config("experiment=mine", "trainer.max_steps=9", "model=llama_tiny", config_dir=tmp_path)
+    assert (told.trainer.max_steps, told.trainer.batch_size, told.model.name) == (9, 5, "llama_tiny")
+    debug = run_config("experiment=mine", "debug=fdr", config_dir=tmp_path)
+    assert (debug.trainer.max_steps, debug.trainer.batch_size) == (1, 5)
+
+
+def test_every_promised_key_stands_in_a_yaml(composed: Compose) -> None:
+    # No `+`: Hydra itself refuses a key that does not stand there.
+    values = [f"++{o}" if "=" not in o else o for o in PROMISED]
+    config = composed("data=text", "adapter=qlora", "sampler=top_p_temperature", *values)
+    for override in PROMISED:
+        key, _, value = override.partition("=")
+        assert OmegaConf.select(config, key) == yaml.safe_load(value), key
+    assert to_run_config(config).trainer.max_epochs == 2
+    assert composed("sampler=top_k", "sampler.top_k=3").sampler.top_k == 3
+    assert composed("model.name_or_path=x").model.name_or_path == "x"
+
+
+@pytest.mark.parametrize("key", NOT_YET)
+def test_a_key_not_built_yet_is_not_offered(run_config: Compose, key: str) -> None:
+    with pytest.raises(UserError, match="unknown key"):
+        run_config("data=text", "data.path=x", f"+{key}=true")
+
+
+def test_fsdp_is_not_offered_yet(run_config: Compose) -> None:
+    with pytest.raises(UserError, match=r"'fsdp' is not allowed \(trainer.strategy\)"):
+        run_config("trainer.strategy=fsdp")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["task=pretrain", "tokenizer.vocab_size=300", "trainer.max_steps=null", "trainer.max_epochs=0.5"],
+        ["adapter=qlora", "data=skills", "callbacks=early_stopping", "optim.lr=1e-9", "run_name='1e5'"],
+        ["data=text", "data.path='ä b/ü.txt'", "samples.prompts=['yes','1','a: b','  x\\n','äß','null']"],
+        ["optim=sgd", "adapter.target_modules=[q_proj,v_proj]", "model.revision=0123456789"],
+    ],
+)
+def test_the_frozen_copy_gives_an_equal_object(
+    run_config: Compose, tmp_path: Path, overrides: list[str]
+) -> None:
+    config = run_config(*overrides)
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_frozen(file) == config
+    assert fingerprint(load_frozen(file)) == fingerprint(config)
+    assert dump_yaml(load_frozen(file)) == file.read_text(encoding="utf-8")
+
+
+def test_equal_configs_are_equal_and_different_ones_are_not(run_config: Compose) -> None:
+    assert run_config() == run_config()
+    assert run_config() != run_config("seed=2")
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("run_name=other", True),
+        ("output_root=other", True),
+        ("logger.mode=disabled", True),
+        ("launcher.jobs=3", True),
+        ("seed=2", False),
+        ("optim.lr=0.5", False),
+        ("adapter.rank=3", False),
+        ("trainer.max_steps=3", False),
+    ],
+)
+def test_fingerprint_sees_what_changes_results(run_config: Compose, override: str, same: bool) -> None:
+    assert (fingerprint(run_config(override)) == fingerprint(run_config())) is same
+
+
+def test_a_frozen_object_cannot_be_changed(run_config: Compose) -> None:
+    config: Any = run_config()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+    with pytest.raises(ValueError, match="frozen"):
+        config.optim.lr = 3.0
+
+
+@pytest.mark.parametrize("text", ["", "just text\n", "[1, 2]\n", "a: [1\n", None])
+def test_a_file_that_is_no_frozen_config_is_refused(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_frozen(file)
+    assert str(file) in str(caught.value)

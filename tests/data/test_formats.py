@@ -1,0 +1,313 @@
+"""Records to trained and untrained text: templates, columns, chat templates, and every reason to refuse a record."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmlab.data.encoding import encode_document
+from lmlab.data.formats import (
+    BadRecordError,
+    FormatOptions,
+    formats,
+    render_prompt,
+    template_source,
+)
+from lmlab.data.prepare import TextEncoder
+from lmlab.records import Document, Record, UserError
+from lmlab.tokenizers import DEFAULT_CHAT_TEMPLATE
+
+# As published in github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT; lmlab ends the line behind it.
+STANFORD_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+STANFORD_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who are you?"},
+    {"role": "assistant", "content": "I am a model."},
+    {"role": "user", "content": "assistant"},
+    {"role": "assistant", "content": "Yes?\n\nI do."},
+    {"role": "user", "content": "Nothing."},
+]
+MARKS = {  # what the template writes between the generation prompt and the answer, and behind the answer
+    "alpaca": ("", "</s>\n\n"),
+    "chatml": ("", "<|im_end|>\n"),
+    "gemma-it": ("", "<end_of_turn>\n"),
+    "granite-3.0-instruct": ("", "<|end_of_text|>\n"),
+    "llama-2-chat": (" ", " </s>"),
+    "llama-3-instruct": ("", "<|eot_id|>"),
+    "mistral-instruct": (" ", "</s>"),
+    "openchat-3.5": (" ", "<|end_of_turn|>"),
+    "phi-3": ("", "<|end|>\n"),
+    "qwen2.5-instruct": ("", "<|im_end|>\n"),
+    "solar-instruct": ("", "\n\n"),
+    "vicuna": (" ", "</s>\n"),
+    "zephyr": ("", "</s>\n"),
+}
+
+
+def chatml(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+    return text + "<|im_start|>assistant\n" * add_generation_prompt
+
+
+def document(
+    name: str,
+    fields: dict[str, Any],
+    *,
+    template: str = "alpaca",
+    columns: dict[str, str] | None = None,
+    render_chat: Callable[[list[dict[str, Any]], bool], str] | None = chatml,
+    train_all: bool = False,
+) -> Document:
+    options = FormatOptions(template_source(template), columns or {}, render_chat, train_all)
+    return formats.get(name)(Record(fields, "here:1"), options)
+
+
+def parts(made: Document) -> list[tuple[str, bool]]:
+    return [(segment.text, segment.trained) for segment in made.segments]
+
+
+@pytest.mark.parametrize("extra", [{"input": "1 2"}, {"input": ""}, {"input": None}, {}])
+def test_alpaca_is_the_published_prompt(extra: dict[str, Any]) -> None:
+    given = extra.get("input") or ""
+    published = STANFORD_INPUT if given else STANFORD_NO_INPUT
+    made = document("triples", {"instruction": "Add {{ these }}.", "output": " 3\n"} | extra)
+    prompt = published.format(instruction="Add {{ these }}.", input=given) + "\n"
+    assert parts(made) == [(prompt, False), (" 3\n", True)]
+    assert (made.prompt, made.response, made.ends) == (prompt, " 3\n", True)
+    assert render_prompt(template_source("alpaca"), "Add {{ these }}.", given) == prompt
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        ("1 2", "### Instruction:\nAdd.\n### Input:\n1 2\n### Response:\n"),
+        ("", "### Instruction:\nAdd.\n### Response:\n"),
+    ],
+)
+def test_brief(given: str, prompt: str) -> None:
+    made = document("triples", {"instruction": "Add.", "input": given, "output": "3"}, template="brief")
+    assert parts(made) == [(prompt, False), ("3", True)]
+
+
+def test_an_own_template_and_own_columns() -> None:
+    made = document(
+        "triples",
+        {"q": "Sum", "context": "1 2", "a": "3", "output": "not this"},
+        template="{% for _ in range(2) %}#{% endfor %} {{ instruction | upper }}{% if input %} ({{ input }}){% endif %}\n",
+        columns={"instruction": "q", "input": "context", "output": "a"},
+    )
+    assert parts(made) == [("## SUM (1 2)\n", False), ("3", True)]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "alpacca",
+            "unknown template 'alpacca' (data.template): one of alpaca, brief, or a Jinja text with {{ instruction }}",
+        ),
+        ("{{ input }}", "unknown template"),
+        ("{{ instruction", "not a valid Jinja template: "),
+        ("{% if input %}{{ instruction }}", "not a valid Jinja template: "),
+        ("{{ instruction | nosuch }}", "not a valid Jinja template: No filter named 'nosuch'"),
+        ("{{ instruction }} {{ context }}", "the template uses context, which no record has (data.template): "),
+        ("{# instruction #}{{ input }}", "the template leaves the instruction out (data.template): "),
+    ],
+)  # fmt: skip
+def test_a_bad_template_is_a_user_error(template: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        template_source(template)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ instruction }}{{ input.split(':')[1] }}", "{{ instruction.__class__.__mro__ }}", "{{ instruction // 2 }}"],
+)  # fmt: skip
+def test_a_record_that_the_template_cannot_take(template: str) -> None:
+    with pytest.raises(BadRecordError, match="template fails: ") as caught:
+        document("triples", {"instruction": "x", "input": "no colon", "output": "y"}, template=template)
+    assert caught.value.reason == "template fails"
+
+
+def test_completion_joins_what_it_is_given() -> None:
+    made = document("completion", {"prompt": "2 +  ", "completion": "\n4"})
+    assert parts(made) == [("2 +  ", False), ("\n4", True)]
+    mapped = {"prompt": "text", "completion": "label"}
+    made = document("completion", {"text": "2", "label": "4", "prompt": "no"}, columns=mapped)
+    assert parts(made) == [("2", False), ("4", True)]
+
+
+def test_text_is_trained_whole() -> None:
+    made = document("text", {"body": " a\r\nb "}, columns={"text": "body"})
+    assert (parts(made), made.prompt, made.ends) == ([(" a\r\nb ", True)], None, True)
+
+
+def test_pretraining_trains_every_segment() -> None:
+    for name, fields in [
+        ("triples", {"instruction": "i", "output": "o"}),
+        ("completion", {"prompt": "p", "completion": "c"}),
+        ("messages", {"messages": TALK}),
+    ]:
+        trained = [segment.trained for segment in document(name, fields, train_all=True).segments]
+        assert len(trained) >= 2
+        assert all(trained)
+
+
+LONE = "a\ud800"
+BAD_FIELDS = [
+    ("triples", {"input": "x", "output": "y"}, "no instruction"),
+    ("triples", {"instruction": None, "output": "y"}, "no instruction"),
+    ("triples", {"instruction": " \n", "output": "y"}, "empty instruction"),
+    ("triples", {"instruction": 7, "output": "y"}, "instruction is not text"),
+    ("triples", {"instruction": ["x"], "output": "y"}, "instruction is not text"),
+    ("triples", {"instruction": "x", "input": 7, "output": "y"}, "input is not text"),
+    ("triples", {"instruction": "x", "input": LONE, "output": "y"}, "not Unicode text"),
+    ("triples", {"instruction": "x"}, "no output"),
+    ("triples", {"instruction": "x", "output": ""}, "empty output"),
+    ("triples", {"instruction": "x", "output": True}, "output is not text"),
+    ("triples", {"instruction": "x", "output": LONE}, "not Unicode text"),
+    ("completion", {"prompt": "x"}, "no completion"),
+    ("completion", {"prompt": "", "completion": "y"}, "empty prompt"),
+    ("completion", {"prompt": "x", "completion": "\t"}, "empty completion"),
+    ("text", {"text": None}, "no text"),
+    ("text", {}, "no text"),
+    ("text", {"text": "\n"}, "empty text"),
+    ("text", {"text": {"a": "b"}}, "text is not text"),
+    ("text", {"text": LONE}, "not Unicode text"),
+    ("messages", {}, "no messages"),
+    ("messages", {"messages": []}, "no messages"),
+    ("messages", {"messages": "hello"}, "no messages"),
+    ("messages", {"messages": {"role": "user"}}, "no messages"),
+    ("messages", {"messages": ["hello"]}, "message without role or content"),
+    ("messages", {"messages": [{"role": "user"}]}, "message without role or content"),
+    ("messages", {"messages": [{"role": "assistant", "content": None}]}, "message without role or content"),
+    ("messages", {"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
+    ("messages", {"messages": [{"role": "assistant", "content": " "}]}, "empty response"),
+    ("messages", {"messages": [{"role": "assistant", "content": LONE}]}, "not Unicode text"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "reason"), BAD_FIELDS, ids=range(len(BAD_FIELDS)))
+def test_bad_fields(name: str, fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRecordError) as caught:
+        document(name, fields)
+    assert caught.value.reason == reason
+
+
+def test_a_bad_field_is_named_by_the_sources_column() -> None:
+    with pytest.raises(BadRecordError, match="no output: field 'answer' is missing or null"):
+        document("triples", {"instruction": "x"}, columns={"output": "answer"})
+
+
+def test_every_assistant_turn_with_its_end_mark_is_trained() -> None:
+    made = document("messages", {"messages": TALK})
+    assert parts(made) == [
+        (chatml(TALK[:2], True), False),
+        ("I am a model.<|im_end|>\n", True),
+        (chatml(TALK[3:4], True), False),
+        ("Yes?\n\nI do.<|im_end|>\n", True),
+    ]
+    assert (made.prompt, made.response) == (chatml(TALK[:4], True), "Yes?\n\nI do.")
+
+
+def test_sharegpt_names() -> None:
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in TALK]
+    made = document("messages", {"conversations": turns, "messages": None} | {"id": 3})
+    assert made == document("messages", {"messages": TALK})
+
+
+def test_messages_need_a_chat_template() -> None:
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+        document("messages", {"messages": TALK}, render_chat=None)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    def forgetful(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        return chatml(messages[-2:], add_generation_prompt)  # as those that cut old thoughts
+
+    with pytest.raises(BadRecordError, match="not prefix-stable"):
+        document("messages", {"messages": TALK}, render_chat=forgetful)
+
+
+def test_a_template_that_refuses_the_roles() -> None:
+    def strict(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        raise ValueError("Conversation roles must alternate")
+
+    with pytest.raises(BadRecordError, match="chat template refuses it: Conversation roles must alternate"):
+        document("messages", {"messages": TALK}, render_chat=strict)
+
+
+def test_default_chat_template_on_tokens(bpe: Any, encoder: TextEncoder) -> None:
+    assert bpe.chat_template == DEFAULT_CHAT_TEMPLATE
+    made = document("messages", {"messages": TALK}, render_chat=encoder.render_chat)
+    encoded = encode_document(made, encoder.encode, encoder.eos_token_id)
+    runs: list[list[int]] = [[]]
+    for token, trained in zip(encoded.ids.tolist(), encoded.trained, strict=True):
+        if trained:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    spoken = [bpe.decode(run) for run in runs if run]
+    assert spoken == ["I am a model.<|im_end|>\n", "Yes?\n\nI do.<|im_end|>\n<|endoftext|>"]
+    assert encoded.ids.tolist().count(encoder.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("name", sorted(MARKS))
+def test_published_chat_templates(
+    name: str, stories: Any, real_data: Path, make_encoder: Callable[[Any], TextEncoder]
+) -> None:
+    source = (real_data / "chat-templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    if "{%-" not in source:  # this collection is written with indents and line ends that are no part of it
+        source = source.replace("    ", "").replace("\n", "")
+    tokenizer = copy.deepcopy(stories)
+    tokenizer.chat_template = source
+    encoder = make_encoder(tokenizer)
+    before, behind = MARKS[name]
+    made = document("messages", {"messages": TALK}, render_chat=encoder.render_chat)
+    assert [s.text for s in made.segments if s.trained] == [
+        before + content + behind for content in ("I am a model.", "Yes?\n\nI do.")
+    ]
+    untrained = "".join(s.text for s in made.segments if not s.trained)
+    assert "Who are you?" in untrained
+    assert "I am a model." not in untrained
+    assert "Nothing." not in "".join(s.text for s in made.segments)  # nobody answers it
+    encoded = encode_document(made, encoder.encode, encoder.eos_token_id)
+    at_eos = encoded.trained[encoded.ids == encoder.eos_token_id]
+    # Where the template's end mark is EOS each answer ends with it (and zephyr's questions too), else the last alone.
+    assert at_eos.sum() == (2 if "</s>" in behind else 1)
+    assert at_eos[-1]
+    assert name == "zephyr" or at_eos.all()
+    spans = zip(encoded.offsets, encoded.trained, strict=False)
+    whole = "".join(s.text for s in made.segments)
+    assert whole[min(start for (start, _), flag in spans if flag) :].lstrip().startswith("I am a model.")
+    # A conversation that an alternating template refuses is a bad record, not a crash.
+    twice = [TALK[1], TALK[1], TALK[2]]
+    if "raise_exception" in source and name not in ("qwen2.5-instruct",):
+        with pytest.raises(BadRecordError) as caught:
+            document("messages", {"messages": twice}, render_chat=encoder.render_chat)
+        assert caught.value.reason == "chat template refuses it"
+
+
+def test_real_sharegpt_file_reads_as_its_messages(real_data: Path) -> None:
+    folder = real_data / "sft"
+    shared = json.loads((folder / "fastchat-dummy_conversation.json").read_text(encoding="utf-8"))
+    lines = (folder / "fastchat-dummy.messages.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(shared) == len(lines) == 500
+    for one, line in zip(shared[::25], lines[::25], strict=True):
+        assert document("messages", one) == document("messages", json.loads(line))

@@ -1,0 +1,477 @@
+"""From files to prepared folders: the split, what is counted, the cache, kills, previews and prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmlab.data import prepare as module
+from lmlab.data.packing import DocumentRows, StreamRows
+from lmlab.data.prepare import PreparedData, TextEncoder, prepare, split_records, training_texts
+from lmlab.records import IGNORE_INDEX, Record, UserError
+
+from .conftest import random_text
+
+Make = Callable[..., Any]
+Write = Callable[..., Path]
+
+
+def records(*texts: str, group: Callable[[int], str] | None = None) -> list[Record]:
+    return [Record({"text": t, "n": 0}, f"x:{i}", group(i) if group else None) for i, t in enumerate(texts)]
+
+
+def rows(number: int) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"Say {i}.", "input": "" if i % 3 else f"{i}", "output": f"It is {i}."}
+        for i in range(number)
+    ]
+
+
+def test_adding_records_moves_no_old_one() -> None:
+    old = records(*(f"text {i}" for i in range(400)))
+    train, val = split_records(old, 0.1)
+    assert len(train) + len(val) == 400
+    assert 20 <= len(val) <= 60
+    grown = records(*(f"new {i}" for i in range(300))) + old
+    more_train, more_val = split_records(grown[::-1], 0.1)
+    assert [r for r in more_val[::-1] if r in val] == val
+    assert [r for r in more_train[::-1] if r in train] == train
+    wider = split_records(old, 0.3)[1]
+    assert [r for r in wider if r in val] == val  # a larger share only adds to it
+
+
+def test_a_group_is_never_on_both_sides() -> None:
+    made = records(*(f"text {i}" for i in range(300)), group=lambda i: f"book {i % 30}")
+    train, val = split_records(made, 0.2)
+    assert not {r.group for r in train} & {r.group for r in val}
+    assert len({r.group for r in train} | {r.group for r in val}) == 30
+    assert val
+
+
+def test_a_few_records_give_both_sides() -> None:
+    draw = random.Random(0)
+    for number in (2, 3, 4):
+        for fraction in (0.001, 0.05, 0.5, 0.999):
+            for _ in range(30):
+                made = records(*(str(draw.random()) for _ in range(number)))
+                train, val = split_records(made, fraction)
+                assert train
+                assert val
+                assert sorted(r.where for r in train + val) == [r.where for r in made]
+                assert split_records(made, fraction) == (train, val)
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_records_all_alike_cannot_be_split(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path, number: int
+) -> None:
+    file = write_jsonl(*[rows(1)[0]] * number)
+    expected = (
+        f"no train record: {number} read, dropped none, left 0 to train on and {number} to validate on ({file}): "
+        "give more records; equal ones, and those of one group, stay on one side"
+    )
+    with pytest.raises(UserError) as caught:
+        prepare(make_config("jsonl", path=str(file)), encoder, task="sft")
+    assert str(caught.value) == expected
+    assert not list(own_cache.rglob("*.npy"))
+
+
+def test_nothing_left_says_where_it_went(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    file = write_jsonl(
+        b"{", {"instruction": "x"}, {"instruction": "x", "output": "y"}, {"instruction": 3, "output": "y"}
+    )
+    config = make_config("jsonl", path=str(file), on_bad_record="skip")
+    expected = "no validation record: 4 read, dropped broken JSON: 1, instruction is not text: 1, no output: 1, left 1 to train on and 0"
+    with pytest.raises(UserError, match=expected):
+        prepare(config, encoder, task="sft")
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_one_text_gives_its_last_part(
+    tmp_path: Path,
+    make_config: Make,
+    bpe: Any,
+    encoder: TextEncoder,
+    own_cache: Path,
+    kind: str,
+    newline: str,
+) -> None:
+    text = newline.join(f"Line {i} of the only text." for i in range(100))
+    if kind == "text":
+        file = tmp_path / "book.txt"
+        file.write_bytes(text.encode())
+        config = make_config("text", path=str(file), val_fraction=0.2)
+    else:
+        file = tmp_path / "book.jsonl"
+        file.write_text(json.dumps({"id": 1, "body": text}))
+        config = make_config(
+            "jsonl", path=str(file), val_fraction=0.2, format="text", columns={"text": "body"}
+        )
+    made = prepare(config, encoder, task="pretrain")
+    train, val = (bpe.decode(made.rows(split).shard.tokens) for split in ("train", "val"))
+    eos = "<|endoftext|>"
+    assert train.removeprefix(eos).removesuffix(eos) + val.removeprefix(eos).removesuffix(eos) == text
+    assert len(val) - 2 * len(eos) == round(0.2 * len(text))
+    assert list(training_texts(config, task="pretrain")) == [train[len(eos) : -len(eos)]]
+    assert made.meta["report"]["records_read"] == made.meta["report"]["records_kept"] == 1
+
+
+def test_white_space_at_a_texts_end_is_no_validation_set(
+    tmp_path: Path, make_config: Make, bpe: Any, encoder: TextEncoder, own_cache: Path
+) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("A short text." + "\n" * 9)
+    made = prepare(make_config("text", path=str(file)), encoder, task="pretrain")
+    assert bpe.decode(made.rows("val").shard.tokens, skip_special_tokens=True) == "." + "\n" * 9
+    file.write_text("A\n")
+    with pytest.raises(UserError, match="a text of 2 characters is too short to hold out its last part"):
+        prepare(make_config("text", path=str(file)), encoder, task="pretrain")
+
+
+def test_whole_books_are_held_out(real_data: Path, make_config: Make) -> None:
+    from lmlab.data.files import Intake
+
+    config = make_config("text", path=str(real_data / "clm" / "books"))
+    books = list(config.records(Intake("error"), task="pretrain"))
+    assert len(books) == 3
+    train, val = split_records(books, 0.05, text_column="text")
+    assert (len(train), len(val)) == (2, 1)
+    assert split_records(books[::-1], 0.05, text_column="text") == (train[::-1], val)
+
+
+def test_prepared_rows_hold_every_record(
+    write_jsonl: Write, make_config: Make, bpe: Any, encoder: TextEncoder, own_cache: Path
+) -> None:
+    source = rows(60)
+    config = make_config("jsonl", path=str(write_jsonl(*source)), template="brief", val_fraction=0.2)
+    made = prepare(config, encoder, task="sft")
+    spoken = []
+    for split in ("train", "val"):
+        split_rows = made.rows(split)
+        for i in range(len(split_rows)):
+            labels = split_rows[i].labels
+            spoken.append(bpe.decode(labels[labels != IGNORE_INDEX]))
+    assert sorted(spoken) == sorted(f"{row['output']}<|endoftext|>" for row in source)
+    report = made.meta["report"]
+    assert (report["records_read"], report["records_kept"], report["records_dropped"]) == (60, 60, {})
+    assert report["train"]["records"] + report["val"]["records"] == 60
+    assert report["supervised_tokens"] == sum(
+        len(bpe(text, add_special_tokens=False).input_ids) for text in spoken
+    )
+    val = made.rows("val")
+    assert report["val"]["supervised_tokens"] == sum(
+        int((val[i].labels != IGNORE_INDEX).sum()) for i in range(len(val))
+    )
+    assert report["val"]["supervised_bytes"] == int(val.shard.trained_bytes.sum())
+    held = sum(len(p["response"].encode()) for p in made.meta["val_prompts"])
+    assert report["val"]["supervised_bytes"] == held
+    assert {"tokens", "tokens_per_record", "records_truncated"} <= set(report)
+
+
+def test_validation_is_never_packed(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    file = write_jsonl(*rows(60))
+    packed = prepare(
+        make_config("jsonl", path=str(file), packing=True, val_fraction=0.2), encoder, task="sft"
+    )
+    train, val = packed.rows("train"), packed.rows("val")
+    assert len(train) < packed.meta["report"]["train"]["records"]
+    assert len(val) == packed.meta["report"]["val"]["records"]
+    assert all(val[i].lengths == (len(val[i].input_ids),) for i in range(len(val)))
+    plain = prepare(make_config("jsonl", path=str(file), val_fraction=0.2), encoder, task="sft").rows("val")
+    assert all(val[i].labels.equal(plain[i].labels) for i in range(len(plain)))
+
+
+@pytest.mark.parametrize("too_long", ["truncate_prompt", "truncate_response", "drop"])
+def test_everything_is_counted(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path, too_long: str
+) -> None:
+    draw = random.Random(too_long)
+    lines: list[Any] = []
+    for i in range(150):
+        fields = {
+            "instruction": random_text(draw, 30),
+            "input": random_text(draw, 60),
+            "output": random_text(draw, 30),
+        }
+        bad = [b"{", b"[]", b"\xff", {**fields, "output": 1}, {**fields, "instruction": "\ud800"}]
+        lines.append(draw.choice(bad) if i % 5 == 4 else fields)
+    file = write_jsonl({"instruction": "first", "output": "line"}, *lines)
+    config = make_config("jsonl", path=str(file), too_long=too_long, on_bad_record="skip", max_length=64, template="brief", val_fraction=0.3)  # fmt: skip
+    made = prepare(config, encoder, task="sft")
+    report, shards = made.meta["report"], [made.rows(split).shard for split in ("train", "val")]
+    dropped = report["records_dropped"]
+    assert report["records_read"] == 151
+    assert report["records_kept"] + sum(dropped.values()) == 151
+    assert report["records_kept"] == sum(shard.num_documents for shard in shards)
+    assert (
+        sum(
+            dropped.get(reason, 0)
+            for reason in ("broken JSON", "not an object", "not UTF-8", "output is not text")
+        )
+        > 5
+    )
+    assert max(int(shard.lengths().max()) for shard in shards) <= 64
+    assert (report["records_truncated"] > 0) == (too_long != "drop")
+    assert (dropped.get("too long", 0) > 0) == (too_long == "drop")
+    assert report["tokens"] == sum(len(shard.tokens) for shard in shards)
+    for shard in shards:
+        trained = np.add.reduceat(shard.trained, shard.offsets[:-1])
+        assert trained.min() > 0
+
+
+def test_an_error_names_the_record(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    file = write_jsonl(*rows(4), {"instruction": "x", "output": None})
+    with pytest.raises(UserError) as caught:
+        prepare(make_config("jsonl", path=str(file)), encoder, task="sft")
+    assert str(caught.value).startswith(
+        f"no output: field 'output' is missing or null ({file}:5): mend it, or "
+    )
+    assert not list(own_cache.rglob("*.npy"))
+    assert not list(own_cache.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("field", ["instruction", "input", "output"])
+def test_a_mistyped_column_is_an_error(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path, field: str
+) -> None:
+    config = make_config(
+        "jsonl", path=str(write_jsonl(*rows(4))), format="triples", columns={field: "colour"}
+    )
+    expected = (
+        "no record has a field 'colour', as data.format=triples needs it "
+        f"(data.columns.{field}): name one of input, instruction, output, or choose another data.format"
+    )
+    with pytest.raises(UserError) as caught:
+        prepare(config, encoder, task="sft")
+    assert str(caught.value) == expected
+
+
+def test_an_input_that_only_some_records_have(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    for columns in ({}, {"input": "context"}):
+        source = [{"instruction": f"i{n}", "output": "o"} for n in range(5)]
+        source[1][columns.get("input", "input")] = "given"
+        file = write_jsonl(*source, name=f"{len(columns)}.jsonl")
+        made = prepare(make_config("jsonl", path=str(file), columns=columns), encoder, task="sft")
+        assert made.meta["report"]["records_kept"] == 5
+    none = write_jsonl(*[{"instruction": f"i{n}", "output": "o"} for n in range(5)])
+    assert (
+        prepare(make_config("jsonl", path=str(none)), encoder, task="sft").meta["report"]["records_kept"] == 5
+    )
+
+
+def test_the_cache_is_not_made_twice(
+    write_jsonl: Write,
+    make_config: Make,
+    encoder: TextEncoder,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config("jsonl", path=str(write_jsonl(*rows(20))), format="triples")
+    first = prepare(config, encoder, task="sft")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write", lambda *a, **k: pytest.fail("prepared again"))
+        patch.setattr(type(config), "records", lambda *a, **k: pytest.fail("read again"))
+        again = prepare(config, encoder, task="sft")
+        assert (again.folder, again.meta) == (first.folder, first.meta)
+    write_jsonl(*rows(21))
+    changed = prepare(config, encoder, task="sft")
+    assert changed.folder != first.folder
+    assert changed.meta["report"]["records_read"] == 21
+    assert PreparedData.load(first.folder).meta["report"]["records_read"] == 20
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("template", "brief"),
+        ("max_length", 99),
+        ("packing", True),
+        ("val_fraction", 0.4),
+        ("too_long", "drop"),
+    ],
+)
+def test_every_setting_has_its_own_folder(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path, key: str, value: Any
+) -> None:
+    file = str(write_jsonl(*rows(20)))
+    assert prepare(make_config("jsonl", path=file), encoder, task="sft").folder != prepare(make_config("jsonl", path=file, **{key: value}), encoder, task="sft").folder  # fmt: skip
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lmlab.data import prepare
+folder = Path(sys.argv[1])
+prepare._write = lambda temporary, *a, **k: (temporary.mkdir(parents=True), (temporary / "meta.json").write_text("{"), os.kill(os.getpid(), signal.SIGKILL))
+class Config:
+    pass
+prepare.data_key = lambda *a, **k: sys.argv[2]
+prepare.prepare(Config(), None, task="sft")
+"""
+
+
+def test_a_kill_while_preparing_is_harmless(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    config = make_config("jsonl", path=str(write_jsonl(*rows(20))))
+    key = module.data_key(config, encoder, task="sft")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(own_cache), key], env=dict(os.environ), timeout=60
+    )
+    assert done.returncode == -9
+    left = list((own_cache / "prepared").iterdir())
+    assert [path.suffix for path in left] == [".tmp"]
+    # The same process id again, and a folder that somebody cleared in part.
+    (own_cache / "prepared" / f"{key}.{os.getpid()}.tmp").mkdir()
+    (own_cache / "prepared" / key / "train").mkdir(parents=True)
+    made = prepare(config, encoder, task="sft")
+    assert made.folder.name == key
+    assert made.meta["report"]["records_kept"] == 20
+    assert len(made.rows("train")) + len(made.rows("val")) == 20
+    assert sorted(path.name for path in (own_cache / "prepared").iterdir()) == sorted([key, left[0].name])
+
+
+def test_a_failure_while_preparing_leaves_nothing(
+    write_jsonl: Write,
+    make_config: Make,
+    encoder: TextEncoder,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*args: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.preview, "mask_preview", fail)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(make_config("jsonl", path=str(write_jsonl(*rows(20)))), encoder, task="sft")
+    assert list((own_cache / "prepared").iterdir()) == []
+
+
+def test_another_process_may_be_faster(
+    write_jsonl: Write,
+    make_config: Make,
+    encoder: TextEncoder,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = make_config("jsonl", path=str(write_jsonl(*rows(20))))
+    write = module._write
+
+    def raced(folder: Path, *args: Any, **kwargs: Any) -> None:
+        write(folder, *args, **kwargs)
+        other = folder.with_name(folder.name.split(".")[0])
+        write(other, *args, **kwargs)
+        (other / "theirs").touch()
+
+    monkeypatch.setattr(module, "_write", raced)
+    made = prepare(config, encoder, task="sft")
+    assert (made.folder / "theirs").exists()
+    assert len(list((own_cache / "prepared").iterdir())) == 1
+
+
+def test_preview_and_prompts_of_triples(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    source = rows(700)
+    config = make_config("jsonl", path=str(write_jsonl(*source)), template="brief", val_fraction=0.9)
+    made = prepare(config, encoder, task="sft")
+    shown = (made.folder / "mask_preview.txt").read_text(encoding="utf-8")
+    assert shown.count("--- example ") == 5
+    assert shown.count("### Response:\n⟦It is ") == shown.count(".<EOS>⟧\n") == 5
+    prompts = made.meta["val_prompts"]
+    assert len(prompts) == 512  # enough for samples and metrics, whatever the size of the split
+    by_answer = {row["output"]: row for row in source}
+    for asked in prompts[:40]:
+        row = by_answer[asked["response"]]
+        given = f"### Input:\n{row['input']}\n" if row["input"] else ""
+        assert asked["prompt"] == f"### Instruction:\n{row['instruction']}\n{given}### Response:\n"
+    assert made.meta["template"]
+    assert made.meta["format"] == "triples"
+
+
+def test_prompts_of_plain_text(
+    tmp_path: Path, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"Sentence number {i} of a longer text. " for i in range(400)), encoding="utf-8")
+    made = prepare(make_config("text", path=str(file), val_fraction=0.2), encoder, task="pretrain")
+    prompts = [p["prompt"] for p in made.meta["val_prompts"]]
+    held = file.read_text(encoding="utf-8")[-round(0.2 * file.stat().st_size) :]
+    assert len(set(prompts)) == len(prompts) >= 10
+    assert all(prompt in held and 20 < len(prompt) <= 60 for prompt in prompts)
+    assert all(p["response"] == "" for p in made.meta["val_prompts"])
+    assert made.meta["template"] is None
+
+
+def test_a_stream_predicts_every_document_whole(
+    write_jsonl: Write, make_config: Make, bpe: Any, encoder: TextEncoder, own_cache: Path
+) -> None:
+    texts = [f"Text {i} é 😀." for i in range(40)]
+    config = make_config(
+        "text", path=str(write_jsonl(*[{"text": t} for t in texts])), max_length=16, val_fraction=0.2
+    )
+    made = prepare(config, encoder, task="pretrain")
+    said = ""
+    for split in ("train", "val"):
+        stream = made.rows(split)
+        assert isinstance(stream, StreamRows)
+        labels = [label for i in range(len(stream)) for label in stream[i].labels.tolist()]
+        assert IGNORE_INDEX not in labels
+        assert len(labels) == made.meta["report"][split]["supervised_tokens"]
+        said += bpe.decode(labels)
+    assert sorted(said.split("<|endoftext|>")) == sorted(["", *texts])
+    assert made.meta["report"]["val"]["supervised_bytes"] == int(made.rows("val").shard.trained_bytes.sum())
+    total = sum(made.meta["report"][split]["supervised_bytes"] for split in ("train", "val"))
+    assert total == sum(len(text.encode()) for text in texts)
+
+
+def test_messages_without_a_chat_template(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    config = make_config("jsonl", path=str(write_jsonl(*[{"messages": turns, "id": i} for i in range(6)])))
+    assert isinstance(prepare(config, encoder, task="sft").rows("train"), DocumentRows)
+    bare = TextEncoder(encoder.encode, encoder.eos_token_id, encoder.vocab_size, "bare")
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+        prepare(config, bare, task="sft")
+    # A tokenizer trained on this data has no template yet; it learns from the same turns.
+    assert set(training_texts(config, task="sft")) == {"user\nHi.\nassistant\nHello.\n"}
+
+
+def test_a_tokenizer_never_sees_the_validation_split(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    config = make_config("jsonl", path=str(write_jsonl(*rows(80))), val_fraction=0.3)
+    seen = set(training_texts(config, task="sft"))
+    made = prepare(config, encoder, task="sft")
+    assert len(seen) == made.meta["report"]["train"]["records"]
+    assert not seen & {p["prompt"] + p["response"] for p in made.meta["val_prompts"]}
+
+
+def test_an_encoding_version_for_each_task(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder
+) -> None:
+    # The embedded base was trained on text prepared under this key; a new one would prepare the same text anew.
+    config = make_config("text", path=str(write_jsonl({"text": "a"})))
+    parts = [1, config.model_dump(mode="json"), config.content_key(), encoder.key, "pretrain", module.template_source("alpaca")]  # fmt: skip
+    expected = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    assert module.data_key(config, encoder, task="pretrain") == expected

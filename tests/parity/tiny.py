@@ -1,0 +1,104 @@
+"""Tiny random models and batches for the parity tests: small enough for a second, large enough for attention to matter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lmlab.data.packing import collate_flat, collate_padded
+from lmlab.records import IGNORE_INDEX, Example, PackedBatch
+
+VOCAB = 97
+LENGTHS = (5, 9, 13, 9, 3)  # two of equal length, one longer than every window below
+WINDOW = 4
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
+_GPT2: dict[str, Any] = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "attn_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+}
+_WINDOWED = {"sliding_window": WINDOW}
+_PARTLY_WINDOWED = {  # one full layer, one windowed one
+    "use_sliding_window": True,
+    "sliding_window": WINDOW,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT2,
+    "mistral": _SHAPE | _WINDOWED,
+    "phi3": _SHAPE | _WINDOWED,
+    "starcoder2": _SHAPE | _WINDOWED | {"residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "qwen2": _SHAPE | _PARTLY_WINDOWED,
+    "qwen3": _SHAPE | _PARTLY_WINDOWED | {"head_dim": 24},  # 4 * 24 is not hidden_size
+    "smollm3": _SHAPE | _PARTLY_WINDOWED,
+    "granite": _SHAPE
+    | {
+        "logits_scaling": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+    },
+    "gpt_neox": {k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"},
+}
+
+
+def random_model(model_type: str, *, std: float = 0.15, **changes: Any) -> Any:
+    """A model of this type with all weights N(0, std) (norms around 1), in eager attention and training mode."""
+    special = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **(SHAPES.get(model_type, _SHAPE) | special | changes))
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * std
+            parameter.copy_(noise + (1 if "norm" in name and name.endswith("weight") else 0))
+    return model.train()
+
+
+def documents(lengths: Sequence[int] = LENGTHS, *, seed: int = 1, ignore: float = 0.3) -> list[Example]:
+    """Examples of random tokens, a share ``ignore`` of the labels not trained."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        ids = torch.randint(3, VOCAB, (length,), generator=generator)
+        labels = torch.randint(3, VOCAB, (length,), generator=generator)
+        labels[torch.rand(length, generator=generator) < ignore] = IGNORE_INDEX
+        labels[-1] = 2
+        found.append(Example(ids, labels, (length,)))
+    return found
+
+
+def flat(examples: Sequence[Example]) -> PackedBatch:
+    """All documents in one row."""
+    return collate_flat(examples)
+
+
+def padded(examples: Sequence[Example]) -> PackedBatch:
+    """One document a row."""
+    return collate_padded(examples)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def gradients(model: Any) -> torch.Tensor:
+    """All gradients in one vector, and the model's cleared."""
+    parts = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    model.zero_grad()
+    return torch.cat(parts)
