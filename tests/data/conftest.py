@@ -102,7 +102,7 @@ def make_config() -> Callable[..., DataConfig]:
             "too_long": "truncate_prompt",
             "on_bad_record": "error",
         }
-        config = data_sources.class_of(kind)(kind=kind, **(common | keys))
+        config = data_sources.class_of(kind)(**({"kind": kind} | common | keys))
         assert isinstance(config, DataConfig)
         return config
 

@@ -108,7 +108,7 @@ def _check_command_line(arguments: Sequence[str]) -> Any:
             shown = "null" if value is None else value  # Hydra fails on these with a ValueError
             raise UserError(f"no option '{shown}'", where=key, fix=suggest(str(shown), options))
         if key.startswith("hydra.") and not _hydra_has(key):
-            raise UserError(UNKNOWN_KEY, where=key, fix="see python train.py --cfg hydra")
+            raise unknown_key(key)
     return flags
 
 
@@ -121,9 +121,11 @@ def _hydra_has(key: str) -> bool:
     for part in key.split(".")[1:]:
         if not isinstance(node, DictConfig) or OmegaConf.get_type(node) in (None, dict):
             return True
+        if OmegaConf.is_missing(node, part):
+            return True
         if part not in OmegaConf.get_type(node).__dataclass_fields__:  # type: ignore[union-attr]
             return False
-        node = None if OmegaConf.is_missing(node, part) else node[part]
+        node = node[part]
     return True
 
 
@@ -147,7 +149,7 @@ def _all_wrong(error: BaseException, flags: Any, config_name: str) -> UserError:
         if guilty is None:
             return combined([*problems, problem])
         remaining.remove(guilty)
-        if problem.what == UNKNOWN_KEY and "=" in guilty and not guilty.startswith("~"):
+        if problem.what == UNKNOWN_KEY and "=" in guilty and not guilty.startswith(("~", "hydra")):
             forced.append("++" + guilty.lstrip("+"))
         else:
             problems.append(problem)
@@ -167,7 +169,7 @@ def _unknown_word(composed: Any, key: str) -> UserError:
     from omegaconf import OmegaConf
 
     group, _, last = key.rpartition(".")
-    words = OmegaConf.select(composed, group) if group else {}
+    words = (OmegaConf.select(composed, group) if group else None) or {}
     error = unknown_key(key, [str(word) for word in words if word != last])
     return UserError(error.what, where=error.where, fix=f"{error.fix}; if it is meant, write +{key}=...")
 
@@ -223,7 +225,7 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
 
     from lmlab.config.schema import broken_rules, run_config_class
 
-    values = {str(key): value for key, value in _plain(composed).items() if key != "hydra"}
+    values = {str(key): value for key, value in _plain(composed).items()}
     plugins = values.get("plugins")
     if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
         load_plugins(plugins)
@@ -244,8 +246,10 @@ def _plain(composed: Any) -> dict[Any, Any]:
 
     if not OmegaConf.is_config(composed):
         return dict(composed)
+    # In a sweep Hydra's own node is still there, and some of its values exist only once Hydra starts a job.
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
     try:
-        values: Any = OmegaConf.to_container(composed, resolve=True)
+        values: Any = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
         raise hydra_error(error) from error
     return _without_missing(values)

@@ -97,6 +97,8 @@ def unknown_key(key: str, fields: Iterable[str] | None = None, kind: str = "") -
         fields: what stands at this place; by default what any option of the group has.
         kind: the option chosen in its group.
     """
+    if key.startswith("hydra"):
+        return UserError(UNKNOWN_KEY, where=key, fix="python train.py --cfg hydra shows Hydra's own")
     known = known_keys()
     group, _, last = key.rpartition(".")
     if fields is None:

@@ -68,6 +68,8 @@ class Lora(AdapterConfig):
     def apply(self, model: PreTrainedModel, *, seed: int) -> Any:
         """Freeze the base and put adapters on it; A is drawn from ``seed``, B is zero, both in fp32.
 
+        Over a 16-bit base PEFT rounds A to those 16 bits once; over every other storage a seed gives the same A.
+
         Raises:
             UserError: target_modules matches nothing.
         """
