@@ -24,8 +24,9 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")
 
 
 def slug(text: str, *, max_length: int = 80) -> str:
-    """``text`` in the safe alphabet; what does not fit becomes ``-``."""
-    cleaned = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text).strip("-.")
+    """``text`` as a safe run name; what does not fit becomes ``-``."""
+    cleaned = re.sub(r"[^A-Za-z0-9._=,+-]+", "-", text)
+    cleaned = re.sub(r"\.{2,}", ".", cleaned).lstrip("-._=,+")
     return cleaned[:max_length].rstrip("-.,") or "run"
 
 
@@ -143,24 +144,26 @@ class RunDir:
         )
         try:
             for _ in range(3):
-                try:
-                    os.link(mine, self.lock)  # fails if it is there, and is never seen half-written
+                with contextlib.suppress(FileExistsError):
+                    self._publish(mine)
                     return
-                except FileExistsError:
-                    holder = self._holder()
-                    if holder:
-                        raise self._held(holder) from None
-                    self.lock.unlink(missing_ok=True)
-                except OSError:  # a file system without hard links
-                    with (
-                        contextlib.suppress(FileExistsError),
-                        self.lock.open("x", encoding="utf-8") as stream,
-                    ):
-                        stream.write(mine.read_text(encoding="utf-8"))
-                        return
+                holder = self._holder()
+                if holder:
+                    raise self._held(holder)
+                self.lock.unlink(missing_ok=True)
             raise UserError("the lock is fought over", where=str(self.path), fix="choose another run_name")
         finally:
             mine.unlink(missing_ok=True)
+
+    def _publish(self, mine: Path) -> None:
+        """Give ``mine`` the lock's name; FileExistsError if there is a lock."""
+        try:
+            os.link(mine, self.lock)  # it is never seen half-written
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            with self.lock.open("x", encoding="utf-8") as stream:
+                stream.write(mine.read_text(encoding="utf-8"))
 
     def release(self) -> None:
         """Give the lock back, if it is this process's."""

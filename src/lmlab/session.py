@@ -314,7 +314,11 @@ def sample_prompts(config: RunConfig, prepared: PreparedData) -> list[tuple[str,
     """(what a person reads, what the model is given) for the sample grid; own prompts go through the template."""
     chosen, meta = config.samples.prompts, prepared.meta
     if isinstance(chosen, int):
-        return [(_shown(p["prompt"], meta["template"]), p["prompt"]) for p in meta["val_prompts"][:chosen]]
+        asked = meta["val_prompts"]
+        # Spread over the split: neighbours often come from one group and look alike.
+        count = min(chosen, len(asked))
+        picked = [asked[i * len(asked) // count] for i in range(count)]
+        return [(_shown(p["prompt"], meta["template"]), p["prompt"]) for p in picked]
     template = meta["template"]
     return [(text, render_prompt(template, text) if template else text) for text in chosen]
 

@@ -166,15 +166,8 @@ def _trained_bpe(config: RunConfig) -> Path:
     from lmlab.tokenizers.train import train_bpe
 
     settings = config.tokenizer.model_dump(exclude={"kind"})
-    parts = [
-        settings,
-        config.data.content_key(),
-        config.data.format_for(config.task),
-        config.data.val_fraction,
-        config.data.template,
-        config.task,
-        1,
-    ]
+    data = config.data.model_dump(mode="json", exclude={"max_length", "packing", "too_long", "path"})
+    parts = [settings, data, config.data.content_key(), config.data.format_for(config.task), config.task]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     folder = cache_root() / "tokenizers" / f"bpe-{key[:24]}"
     if not folder.exists():

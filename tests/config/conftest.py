@@ -62,6 +62,8 @@ def command_line(
 @pytest.fixture
 def fresh_registries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is registered or imported during the test is forgotten after it."""
+    import lmlab.config.schema  # noqa: F401 - everything of lmlab's own is registered
+
     for each in set(registry.BY_GROUP.values()):
         monkeypatch.setattr(each, "_classes", dict(each._classes))
     before = set(sys.modules)

@@ -44,7 +44,7 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, subprocess.
         "trainer.val_every_n_steps=6",
         "samples.prompts=2",
         "run_name=qlora-test",
-        f"output_root={root}",
+        f"output_root='{root}'",
     )
     assert done.returncode == 0, done.stderr
     return RunDir(root / "sft" / "qlora-test"), done

@@ -32,7 +32,7 @@ def pretrained(train: Train, corpus: Path) -> RunDir:
         "pre",
         "task=pretrain",
         "data=text",
-        f"data.path={corpus}",
+        f"data.path='{corpus}'",
         "data.max_length=64",
         "tokenizer.vocab_size=400",
         "trainer.max_steps=25",
@@ -96,7 +96,7 @@ def test_ones_own_model_is_a_base(train: Train, pretrained: RunDir, corpus: Path
     run = train(
         "own-lora",
         "data=text",
-        f"data.path={corpus}",
+        f"data.path='{corpus}'",
         "data.max_length=64",
         "model=pretrained",
         f"model.name_or_path={pretrained.path}",
@@ -150,7 +150,7 @@ def test_a_scratch_base_is_kept_beside_its_adapter(train: Train, corpus: Path) -
         "task=pretrain",
         "adapter=lora",
         "data=text",
-        f"data.path={corpus}",
+        f"data.path='{corpus}'",
         "data.max_length=64",
         "tokenizer.vocab_size=400",
         *SMALL,
@@ -274,7 +274,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(train: Train, pretrained: Run
     tokenizer = AutoTokenizer.from_pretrained(pretrained.path / "model")
     tokenizer.add_tokens([f"<extra{i}>" for i in range(5000)])
     tokenizer.save_pretrained(tmp_path / "big")
-    with pytest.raises(UserError, match=r"vocab|ids"):
+    with pytest.raises(UserError, match="embedding rows"):
         train("bad-vocab", "tokenizer=file", f"tokenizer.path={tmp_path / 'big'}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +43,7 @@ def choose_hardware(accelerator: str, precision: str) -> Hardware:
     Raises:
         UserError: a GPU was asked for and there is none.
     """
-    # bitsandbytes says at import, on CPUs with AVX512-BF16, that an optional kernel is absent; it is not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_libraries()
     has_gpu = torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not has_gpu:
         raise UserError(
@@ -58,6 +58,16 @@ def choose_hardware(accelerator: str, precision: str) -> Hardware:
     if not on_gpu and _has_amx():
         return Hardware(device, "bf16", "the CPU has AMX tiles")
     return Hardware(device, "fp32", "no fast bf16 here")
+
+
+def quiet_libraries() -> None:
+    """Silence what the libraries say about choices that are made here.
+
+    bitsandbytes, at import on CPUs with AVX512-BF16: an optional kernel is absent (it is not used). PEFT, at every
+    adapter: transformers renamed a property it reads.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
 
 
 def _has_amx() -> bool:
