@@ -275,9 +275,8 @@ class Journal:
         self.close()
         for path in (self._run.metrics, self._run.samples):
             kept = []
-            for line in path.read_bytes().split(
-                b"\n"
-            ):  # not splitlines(): U+2028 may stand inside a JSON string
+            # Not splitlines(): U+2028 and its like may stand inside a JSON string.
+            for line in path.read_bytes().split(b"\n"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
                     if json.loads(line)["step"] <= step:
                         kept.append(line + b"\n")

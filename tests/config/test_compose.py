@@ -47,7 +47,7 @@ def test_every_option_of_every_group_composes_and_validates(composed: Compose, o
     for key in OmegaConf.missing_keys(values):
         OmegaConf.update(values, key, "given")
     config = to_run_config(values)
-    chosen = getattr(config, group, None)
+    chosen: Any = getattr(config, group, None)
     if hasattr(chosen, "kind") and group != "model":
         assert chosen.kind == name
     if group in ("callbacks", "metrics"):
