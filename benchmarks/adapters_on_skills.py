@@ -1,6 +1,6 @@
-"""Exact match before and after: none, lora, qlora on `data=skills`, mean and spread over seeds, as a Markdown table.
+"""Exact match before and after: none, lora, qlora on `experiment=skills`, mean and spread over seeds, as a Markdown table.
 
-`python benchmarks/adapters_on_skills.py --steps 400 --seeds 1,2,3` runs one multirun of train.py and reads its metrics.jsonl files.
+`python benchmarks/adapters_on_skills.py --steps 500 --seeds 1,2,3` runs one multirun of train.py and reads its metrics.jsonl files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--adapters", default="none,lora,qlora")
     parser.add_argument("--out", default="outputs")
@@ -31,7 +31,7 @@ def main() -> int:
         sys.executable,
         "train.py",
         "-m",
-        "data=skills",
+        "experiment=skills",
         f"adapter={options.adapters}",
         f"seed={options.seeds}",
         f"trainer.max_steps={options.steps}",

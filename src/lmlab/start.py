@@ -40,12 +40,14 @@ class Plan:
         run: its directory, not made yet.
         prepared: the data set.
         tokenizer: the tokenizer's folder in the cache.
+        tokenizer_hash: of what it does, wherever it lies.
     """
 
     config: RunConfig
     run: RunDir
     prepared: PreparedData
     tokenizer: Path
+    tokenizer_hash: str
 
 
 def start(composed: Any, overrides: list[str]) -> int:
@@ -81,7 +83,7 @@ def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None
     tokenizer_folder, encoder, size = prepare_tokenizer(config)
     _check_model(config, size)
     prepared = prepare(config.data, encoder, task=config.task)
-    return Plan(config, run, prepared, tokenizer_folder)
+    return Plan(config, run, prepared, tokenizer_folder, encoder.key)
 
 
 def run_name(overrides: Sequence[str]) -> str:
@@ -201,7 +203,7 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
             "seed": config.seed,
             "config_hash": fingerprint(config),
             "data_hash": plan.prepared.folder.name,
-            "tokenizer_hash": plan.tokenizer.name,
+            "tokenizer_hash": plan.tokenizer_hash,
             "prepared": str(plan.prepared.folder),
             **_git(),
             **_environment(),

@@ -132,7 +132,13 @@ def main(arguments: list[str] | None = None) -> int:
             )
         run = RunDir(Path(given[0]))
         config: Any = load_frozen(run.config)
-        return launch(run, config)
+        if "RANK" in os.environ:  # one rank of several: whoever started them holds the directory's lock
+            return launch(run, config)
+        run.take_lock()
+        try:
+            return launch(run, config)
+        finally:
+            run.release()
     except UserError as error:
         return report_error(error)
 

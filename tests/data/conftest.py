@@ -89,7 +89,7 @@ def stories(real_data: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def make_config() -> Callable[..., DataConfig]:
-    """``(kind, **keys)`` -> the config with conf/data/_common.yaml's values."""
+    """``(kind, **keys)`` -> the config with conf/train.yaml's values."""
 
     def make(kind: str, *, columns: dict[str, str] | None = None, **keys: Any) -> DataConfig:
         common = {

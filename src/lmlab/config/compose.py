@@ -64,6 +64,9 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
         return function(*composed[0]) if composed else 0
     except UserError as error:
         return report_error(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except SystemExit as error:  # --help and --version
         return error.code if isinstance(error.code, int) else 0
 

@@ -27,7 +27,7 @@ def cache_root() -> Path:
 
 
 class DataConfig(Config):
-    """Keys every data source has; values in conf/data/_common.yaml.
+    """Keys every data source has; values under ``data:`` in conf/train.yaml and in conf/data.
 
     Attributes:
         format: how a record becomes text: auto, triples, completion, messages, text, or a plugin's.

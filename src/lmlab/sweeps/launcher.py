@@ -26,7 +26,7 @@ from rich.table import Table
 from lmlab.config.compose import hydra_error, to_run_config
 from lmlab.journal import RunDir, check_run_name, read_json, slug
 from lmlab.records import RefusedError, UserError
-from lmlab.start import create_run, plan_run, run_name
+from lmlab.start import create_run, plan_run
 
 FIGURES = (
     "final/val/loss",
@@ -60,25 +60,24 @@ class Job:
     started: float = 0.0
 
 
-def run_jobs(
-    jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any], arguments: Sequence[str]
-) -> int:
+def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) -> int:
     """Run all ``jobs`` (lists of overrides); 0 if all finished or were refused, 1 if one failed, 130 on Ctrl-C.
 
     Args:
         compose: overrides -> composed config.
-        arguments: the command line, for the sweep's name.
+
+    Raises:
+        UserError: the sweep's directory exists already.
     """
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log file has no narrow screen
-    first = _validated(compose(list(jobs[0])), refused_is_fine=True)
-    name = _sweep_name(first, arguments)
-    root = (
-        Path(first.output_root if first is not None else os.environ.get("LMLAB_OUTPUT_ROOT", "outputs"))
-        / "sweeps"
-        / name
-    )
+    first = compose(list(jobs[0]))  # where the sweep lies and how many jobs at once cannot differ between jobs
+    name = _sweep_name(first.run_name, jobs)
+    root = Path(first.output_root) / "sweeps" / name
+    if root.exists() and not first.overwrite:
+        raise UserError("this sweep directory already exists", where=str(root), fix="choose another run_name, or overwrite=true")
+    root.mkdir(parents=True, exist_ok=True)
     varied = _varied(jobs)
     queue = [
         Job(
@@ -89,7 +88,7 @@ def run_jobs(
         )
         for number, overrides in enumerate(jobs)
     ]
-    at_once = first.launcher.jobs if first is not None else 1
+    at_once = max(1, int(first.launcher.jobs))
     console.print(
         f"{len(queue)} jobs, {at_once} at a time, in {os.path.relpath(root)}", highlight=False, soft_wrap=True
     )
@@ -100,14 +99,12 @@ def run_jobs(
         code = 130
         _stop(queue)
     finally:
-        if root.exists():
-            _write_results(root, queue)
+        _write_results(root, queue)
     console.print(_table(queue), highlight=False)
     for job in queue:
         if job.status.startswith("refused"):
             console.print(f"job {job.number} ({job.label}) {job.status}", markup=False, highlight=False, soft_wrap=True)
-    if root.exists():
-        console.print(f"results: {os.path.relpath(root / 'results.csv')}", highlight=False, soft_wrap=True)
+    console.print(f"results: {os.path.relpath(root / 'results.csv')}", highlight=False, soft_wrap=True)
     failed = [job for job in queue if job.status == "failed" or job.status.startswith("error")]
     for job in failed:
         print(f"error: job {job.number} ({job.label}) {job.status}", file=sys.stderr)
@@ -204,20 +201,13 @@ def _stop(queue: Sequence[Job]) -> None:
             job.status = "not started"
 
 
-def _validated(composed: Any, *, refused_is_fine: bool) -> Any:
-    try:
-        return to_run_config(composed)
-    except RefusedError:
-        if refused_is_fine:
-            return None
-        raise
-
-
-def _sweep_name(first: Any, arguments: Sequence[str]) -> str:
-    if first is not None and first.run_name is not None:
-        return check_run_name(first.run_name)
+def _sweep_name(given: str | None, jobs: Sequence[Sequence[str]]) -> str:
+    """The run_name of the command line, or the time and the keys that vary."""
+    if given is not None:
+        return check_run_name(given)
+    keys = [jobs[0][i].split("=")[0].lstrip("+~") for i in sorted(_varied(jobs))]
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{moment}-{run_name(list(arguments)).rsplit('-', 1)[0][:40]}-{secrets.token_hex(2)}"
+    return f"{moment}-{slug('-'.join(keys) or 'sweep', max_length=40)}-{secrets.token_hex(2)}"
 
 
 def _varied(jobs: Sequence[list[str]]) -> set[int]:

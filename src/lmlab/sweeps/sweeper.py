@@ -53,6 +53,4 @@ def sweep(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int:
     from lmlab.sweeps.launcher import run_jobs
 
     jobs = expand(arguments, config_loader)
-    return run_jobs(
-        jobs, compose=lambda overrides: config_loader.load_sweep_config(master, overrides), arguments=arguments
-    )
+    return run_jobs(jobs, compose=lambda overrides: config_loader.load_sweep_config(master, overrides))
