@@ -52,11 +52,18 @@ def table(sweep: Path) -> str:
     for row in csv.DictReader((sweep / "results.csv").open(encoding="utf-8")):
         if row["status"] != "finished":
             continue
-        lines = [json.loads(line) for line in (Path(row["directory"]) / "metrics.jsonl").open(encoding="utf-8")]
+        lines = [
+            json.loads(line) for line in (Path(row["directory"]) / "metrics.jsonl").open(encoding="utf-8")
+        ]
         validations = [line for line in lines if "val/loss" in line]
         adapter = next(o.split("=")[1] for o in row["overrides"].split() if o.startswith("adapter="))
-        found[adapter].append({"first": validations[0], "last": validations[-1], "seconds": float(row["seconds"])})
-    out = ["| adapter | seeds | exact match before | after (mean, range) | val/loss before | after | seconds a run |", "|---|---|---|---|---|---|---|"]
+        found[adapter].append(
+            {"first": validations[0], "last": validations[-1], "seconds": float(row["seconds"])}
+        )
+    out = [
+        "| adapter | seeds | exact match before | after (mean, range) | val/loss before | after | seconds a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for adapter, runs in found.items():
         before = [run["first"]["val/exact_match"] for run in runs]
         after = [run["last"]["val/exact_match"] for run in runs]

@@ -67,7 +67,7 @@ def build_for_training(
     meter.start("load")
     disable_progress_bar()  # one bar is enough: the run's own
     tokenizer = load_tokenizer(run.tokenizer)
-    hf_config = config.model.hf_config(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    hf_config = config.model.hf_config(len(tokenizer), eos_token_id=eos_id(tokenizer))
     model = build_model(
         config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device
     )
@@ -91,7 +91,7 @@ def build_for_training(
         "model/base_bytes": stored_bytes(model),
         "model/base_bits_per_param": sum(layer.bits for layer in storage) / max(1, params),
     }
-    standard = model.config._attn_implementation
+    standard = str(model.config._attn_implementation)
     generation_config = getattr(model, "generation_config", None)
     model = config.adapter.apply(model, seed=config.seed)
     flat = supports_flat(hf_config) and not stream  # a stream's rows have one width: nothing to pack
@@ -127,11 +127,16 @@ def _effective_optim(config: RunConfig, hardware: Hardware, say: Callable[[str],
     return config.optim
 
 
+def eos_id(tokenizer: Any) -> int | None:
+    """The tokenizer's end-of-text id; transformers types it loosely."""
+    return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+
+
 def _eos_ids(tokenizer: Any, generation_config: Any) -> set[int]:
     """Whatever ends a text: the tokenizer's EOS and those the model's own generation config adds."""
     configured = getattr(generation_config, "eos_token_id", None)
     ids = {configured} if isinstance(configured, int) else set(configured or ())
-    return {int(i) for i in (tokenizer.eos_token_id, *ids) if i is not None}
+    return {int(i) for i in (eos_id(tokenizer), *ids) if i is not None}
 
 
 def _text_generator(

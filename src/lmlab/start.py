@@ -155,7 +155,7 @@ def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
 
     encoder = TextEncoder(
         encode=lambda text: encode_document(tokenizer, text, add_bos=add_bos),
-        eos_token_id=int(tokenizer.eos_token_id),
+        eos_token_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]  # one id, checked above
         vocab_size=len(tokenizer),
         key=key,
         render_chat=render_chat if tokenizer.chat_template else None,

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("trainer.max_steps=4", "trainer.val_every_n_steps=4", "samples.prompts=1", "samples.grid=[greedy]")
 
 
-def command(*arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str, cwd: Path = ROOT, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script of the project with this Python; both streams as text."""
     return subprocess.run(
         [sys.executable, *arguments],
@@ -40,7 +42,13 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDir]:
     root = tmp_path_factory.mktemp("outputs")
 
     def run(name: str, *overrides: str, expect: int = 0) -> RunDir:
-        told = [f"run_name={name}", f"output_root={root}", "logger=none", "trainer.accelerator=cpu", *overrides]
+        told = [
+            f"run_name={name}",
+            f"output_root={root}",
+            "logger=none",
+            "trainer.accelerator=cpu",
+            *overrides,
+        ]
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = compose("train", overrides=told)
         assert start(composed, told) == expect

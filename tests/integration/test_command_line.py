@@ -25,7 +25,10 @@ METRICS = {
     "val/exact_match",
     "perf/tokens_per_second",
     "memory/rss_gb",
-    *(f"memory/{phase}/peak_gb" for phase in ("load", "forward", "backward", "optimizer", "eval", "generate")),
+    *(
+        f"memory/{phase}/peak_gb"
+        for phase in ("load", "forward", "backward", "optimizer", "eval", "generate")
+    ),
 }
 """Every metric name of design.md that applies to a CPU; planned memory and MFU come with the memory plan."""
 
@@ -68,7 +71,15 @@ def test_the_run_directory_is_complete(qlora: tuple[RunDir, Any]) -> None:
     assert 4.1 < summary["model/base_bits_per_param"] < 4.6
     assert summary["model/params_trainable"] < summary["model/params_total"]
     info = read_json(run.info)
-    assert {"git_commit", "versions", "hardware", "seed", "data_hash", "tokenizer_hash", "argv"} <= info.keys()
+    assert {
+        "git_commit",
+        "versions",
+        "hardware",
+        "seed",
+        "data_hash",
+        "tokenizer_hash",
+        "argv",
+    } <= info.keys()
 
 
 def test_every_metric_is_logged_and_the_loss_falls(qlora: tuple[RunDir, Any]) -> None:
@@ -86,7 +97,10 @@ def test_samples_are_a_grid_of_prompts_samplers_and_steps(qlora: tuple[RunDir, A
     run, _ = qlora
     rows = lines(run.samples)
     assert {(r["step"], r["prompt_id"], r["sampler"]) for r in rows} == {
-        (step, prompt, sampler) for step in (0, 6, 12) for prompt in (0, 1) for sampler in ("greedy", "top_p_temperature")
+        (step, prompt, sampler)
+        for step in (0, 6, 12)
+        for prompt in (0, 1)
+        for sampler in ("greedy", "top_p_temperature")
     }
     assert len(rows) == 12
 
@@ -95,7 +109,10 @@ def test_wandb_has_the_same_numbers(qlora: tuple[RunDir, Any]) -> None:
     run, _ = qlora
     (file,) = run.path.glob("wandb/*offline-run-*/run-*.wandb")
     shown = subprocess.run(
-        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     records = [json.loads(line) for line in shown.splitlines()]
     keys: set[str] = set()
@@ -104,17 +121,23 @@ def test_wandb_has_the_same_numbers(qlora: tuple[RunDir, Any]) -> None:
         if record["type"] != "history":
             continue
         row = {
-            ".".join(item["nested_key"]) if item.get("nested_key") else item["key"]: json.loads(item["value_json"])
+            ".".join(item["nested_key"]) if item.get("nested_key") else item["key"]: json.loads(
+                item["value_json"]
+            )
             for item in record["history"]["item"]
         }
         keys |= row.keys()
-        history.update({(row["trainer/step"], name): value for name, value in row.items() if isinstance(value, float)})
+        history.update(
+            {(row["trainer/step"], name): value for name, value in row.items() if isinstance(value, float)}
+        )
     assert keys >= METRICS
     for row in lines(run.metrics):
         for name, value in row.items():
             if name in ("train/loss", "val/loss"):
                 assert history[(row["step"], name)] == value
-    tables = sorted(run.path.glob("wandb/*offline-run-*/files/media/table/*.table.json"), key=lambda p: p.stat().st_mtime)
+    tables = sorted(
+        run.path.glob("wandb/*offline-run-*/files/media/table/*.table.json"), key=lambda p: p.stat().st_mtime
+    )
     table = max((json.loads(t.read_text(encoding="utf-8")) for t in tables), key=lambda t: len(t["data"]))
     assert table["columns"][:4] == ["step", "prompt_id", "prompt", "sampler"]
     assert [row[5] for row in table["data"]] == [r["text"] for r in lines(run.samples)]
@@ -126,7 +149,15 @@ def test_wandb_has_the_same_numbers(qlora: tuple[RunDir, Any]) -> None:
 
 def test_the_console_says_what_was_made(qlora: tuple[RunDir, subprocess.CompletedProcess[str]]) -> None:
     _, done = qlora
-    for text in ("W&B: no key found", "wandb sync", "wandb leet", "val/loss", "samples at step 12", "report.html", "generate.py"):
+    for text in (
+        "W&B: no key found",
+        "wandb sync",
+        "wandb leet",
+        "val/loss",
+        "samples at step 12",
+        "report.html",
+        "generate.py",
+    ):
         assert text in done.stdout, text
     assert "Traceback" not in done.stderr
 
@@ -188,8 +219,12 @@ def test_against_peft_alone_logits(qlora: tuple[RunDir, Any], tmp_path: Path) ->
 
 def test_generate_uses_the_run_with_its_template(qlora: tuple[RunDir, Any]) -> None:
     run, _ = qlora
-    first = command("scripts/generate.py", str(run.path), "--prompt", "Reverse the words.", "--max-new-tokens", "8")
-    again = command("scripts/generate.py", str(run.path), "--prompt", "Reverse the words.", "--max-new-tokens", "8")
+    first = command(
+        "scripts/generate.py", str(run.path), "--prompt", "Reverse the words.", "--max-new-tokens", "8"
+    )
+    again = command(
+        "scripts/generate.py", str(run.path), "--prompt", "Reverse the words.", "--max-new-tokens", "8"
+    )
     assert first.returncode == 0, first.stderr
     assert first.stdout == again.stdout
     assert first.stdout.startswith("> Reverse the words.")

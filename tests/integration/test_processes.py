@@ -44,26 +44,44 @@ def test_two_ranks_give_the_weights_of_one_process(adapter: str, tmp_path: Path)
     a, b = (load_file(tmp_path / "sft" / name / kind) for name in ("one", "two"))
     top = sum(float((a[k] - b[k]).double().square().sum()) for k in a)
     assert (top / sum(float(a[k].double().square().sum()) for k in a)) ** 0.5 < RELATIVE
-    losses = [[r for r in lines(tmp_path / "sft" / name / "metrics.jsonl") if "val/loss" in r] for name in ("one", "two")]
+    losses = [
+        [r for r in lines(tmp_path / "sft" / name / "metrics.jsonl") if "val/loss" in r]
+        for name in ("one", "two")
+    ]
     for first, second in zip(*losses, strict=True):
         assert first["val/loss"] == pytest.approx(second["val/loss"], rel=1e-6)
-    assert [r["step"] for r in lines(tmp_path / "sft" / "two" / "metrics.jsonl") if "train/loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in lines(tmp_path / "sft" / "two" / "metrics.jsonl") if "train/loss" in r] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_multirun_is_one_process_one_directory_and_one_wandb_run_per_job(tmp_path: Path) -> None:
     told = [o for o in QUICK if o != "logger=none"]
-    done = command("train.py", "-m", *told, f"output_root={tmp_path}", "adapter=none,lora,qlora", "quant=none,nf4")
+    done = command(
+        "train.py", "-m", *told, f"output_root={tmp_path}", "adapter=none,lora,qlora", "quant=none,nf4"
+    )
     assert done.returncode == 0, done.stderr
     (root,) = (tmp_path / "sweeps").iterdir()
     rows = list(csv.DictReader((root / "results.csv").open(encoding="utf-8")))
-    assert [row["status"].split(":")[0] for row in rows] == ["finished", "refused", "finished", "finished", "refused", "finished"]
+    assert [row["status"].split(":")[0] for row in rows] == [
+        "finished",
+        "refused",
+        "finished",
+        "finished",
+        "refused",
+        "finished",
+    ]
     folders = [RunDir(row["directory"]) for row in rows if row["directory"]]
     assert len({run.path for run in folders}) == 4
     groups, ids = set(), set()
     for run in folders:
         (file,) = run.path.glob("wandb/*offline-run-*/run-*.wandb")
         shown = command("-m", "wandb", "leet", "inspect", "--json", str(file))
-        about = next(json.loads(line)["run"] for line in shown.stdout.splitlines() if json.loads(line)["type"] == "run")
+        about = next(
+            json.loads(line)["run"] for line in shown.stdout.splitlines() if json.loads(line)["type"] == "run"
+        )
         groups.add(about["run_group"])
         ids.add(about["run_id"])
         assert any(json.loads(line)["type"] == "exit" for line in shown.stdout.splitlines())
@@ -90,9 +108,21 @@ def test_a_failing_job_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_with_its_code(tmp_path: Path, number: int, code: int) -> None:
-    told = [*QUICK[:4], "trainer.accelerator=cpu", "trainer.max_steps=100000", "trainer.val_every_n_steps=100000"]
+    told = [
+        *QUICK[:4],
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=100000",
+        "trainer.val_every_n_steps=100000",
+    ]
     process = subprocess.Popen(
-        [sys.executable, "train.py", *told, "run_name=stopped", f"output_root={tmp_path}", "logger.mode=offline"],
+        [
+            sys.executable,
+            "train.py",
+            *told,
+            "run_name=stopped",
+            f"output_root={tmp_path}",
+            "logger.mode=offline",
+        ],
         cwd=ROOT,
         env=os.environ.copy(),
         stdout=subprocess.PIPE,
@@ -120,13 +150,20 @@ def test_a_signal_saves_and_ends_with_its_code(tmp_path: Path, number: int, code
 def test_one_line_and_exit_two_for_a_user_error() -> None:
     done = command("train.py", "adapter=qlora", "quant=nf5")
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: no option 'nf5' (quant): did you mean 'nf4'? one of bf16, fp16, fp4, int8, nf4, none"
+    assert (
+        done.stderr.strip()
+        == "error: no option 'nf5' (quant): did you mean 'nf4'? one of bf16, fp16, fp4, int8, nf4, none"
+    )
 
 
 def test_help_and_cfg_answer_without_the_heavy_libraries() -> None:
     shown = command("-X", "importtime", "train.py", "--help")
     assert shown.returncode == 0
     assert "adapter=qlora quant=nf4" in shown.stdout
-    assert not [line for line in shown.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "transformers", "lightning")]
+    assert not [
+        line
+        for line in shown.stderr.splitlines()
+        if line.split("|")[-1].strip() in ("torch", "transformers", "lightning")
+    ]
     config = command("train.py", "adapter=qlora", "--cfg", "job")
     assert "kind: nf4" in config.stdout

@@ -22,7 +22,9 @@ TEXT = "The quick brown fox jumps over the lazy dog, again and again; and {i} is
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "corpus ü.txt"
-    file.write_text("".join(TEXT.format(i=i) + ("\n" if i % 5 == 0 else "") for i in range(800)), encoding="utf-8")
+    file.write_text(
+        "".join(TEXT.format(i=i) + ("\n" if i % 5 == 0 else "") for i in range(800)), encoding="utf-8"
+    )
     return file
 
 
@@ -49,11 +51,15 @@ def test_pretraining_lowers_the_loss_and_reports_bits_per_byte(pretrained: RunDi
     assert rows[-1]["val/loss"] < 0.6 * rows[0]["val/loss"]
     report = read_json(pretrained.data_report)
     text = corpus.read_text(encoding="utf-8")
-    assert report["train"]["supervised_bytes"] + report["val"]["supervised_bytes"] == len(text.encode("utf-8"))
+    assert report["train"]["supervised_bytes"] + report["val"]["supervised_bytes"] == len(
+        text.encode("utf-8")
+    )
 
 
 @pytest.mark.parity
-def test_against_transformers_alone_validation_bits_per_byte(pretrained: RunDir, corpus: Path, tmp_path: Path) -> None:
+def test_against_transformers_alone_validation_bits_per_byte(
+    pretrained: RunDir, corpus: Path, tmp_path: Path
+) -> None:
     """The saved model, in a process without lmlab, gives the logged bits per byte on the last 5 % of the text."""
     from transformers import AutoTokenizer
 
@@ -185,12 +191,22 @@ def test_resumed_equals_uninterrupted(train: Train, adapter: str) -> None:
         return [(row["step"], row["train/loss"]) for row in lines(run.metrics) if "train/loss" in row]
 
     assert losses(whole) == losses(parts)
-    a, b = (torch.load(run.checkpoints / "step-00000006" / "state.pt", weights_only=True) for run in (whole, parts))
+    a, b = (
+        torch.load(run.checkpoints / "step-00000006" / "state.pt", weights_only=True)
+        for run in (whole, parts)
+    )
     assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
 
 
 def test_sampling_leaves_training_untouched(train: Train) -> None:
-    told = ("data=skills", "data.num_records=100", "metrics=none", "adapter.dropout=0.2", "trainer.max_steps=5", "trainer.val_every_n_steps=2")
+    told = (
+        "data=skills",
+        "data.num_records=100",
+        "metrics=none",
+        "adapter.dropout=0.2",
+        "trainer.max_steps=5",
+        "trainer.val_every_n_steps=2",
+    )
     on = train("sampling-on", *told, "samples.prompts=3", "samples.every_n_steps=1")
     off = train("sampling-off", *told, "samples.prompts=0")
     assert [r["train/loss"] for r in lines(on.metrics) if "train/loss" in r] == [
@@ -217,15 +233,31 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(train: Train) -> None:
 
 
 def test_gradient_checkpointing_changes_no_number(train: Train) -> None:
-    told = ("data=skills", "data.num_records=100", "metrics=none", "trainer.max_steps=3", "trainer.val_every_n_steps=3", "samples.prompts=0")
+    told = (
+        "data=skills",
+        "data.num_records=100",
+        "metrics=none",
+        "trainer.max_steps=3",
+        "trainer.val_every_n_steps=3",
+        "samples.prompts=0",
+    )
     plain = train("plain", *told)
     checkpointed = train("checkpointed", *told, "model.gradient_checkpointing=true")
-    a, b = ([r["train/loss"] for r in lines(run.metrics) if "train/loss" in r] for run in (plain, checkpointed))
+    a, b = (
+        [r["train/loss"] for r in lines(run.metrics) if "train/loss" in r] for run in (plain, checkpointed)
+    )
     assert a == pytest.approx(b, rel=1e-5)
 
 
 def test_packing_trains_on_the_same_tokens(train: Train) -> None:
-    told = ("data=skills", "data.num_records=100", "metrics=none", "trainer.max_steps=2", "trainer.val_every_n_steps=2", "samples.prompts=0")
+    told = (
+        "data=skills",
+        "data.num_records=100",
+        "metrics=none",
+        "trainer.max_steps=2",
+        "trainer.val_every_n_steps=2",
+        "samples.prompts=0",
+    )
     run = train("packed", *told, "data.packing=true", "trainer.batch_size=2")
     rows = [row for row in lines(run.metrics) if "train/tokens" in row]
     assert rows[0]["train/tokens"] > 150  # two rows of up to 128 tokens, well filled
@@ -233,7 +265,9 @@ def test_packing_trains_on_the_same_tokens(train: Train) -> None:
 
 def test_what_is_wrong_is_said_before_anything_is_made(train: Train, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output"\n', encoding="utf-8")
+    broken.write_text(
+        '{"instruction": "a", "output": "b"}\n{"instruction": "a", "output"\n', encoding="utf-8"
+    )
     no_output = tmp_path / "no_output.jsonl"
     no_output.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c"}\n', encoding="utf-8")
     latin = tmp_path / "latin.txt"

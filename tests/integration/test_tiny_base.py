@@ -29,7 +29,9 @@ def test_against_its_own_record_first_20_steps(train: Callable[..., RunDir]) -> 
     )
     record, now = read_json(BASE / "run.json"), read_json(run.info)
     if record["data_hash"] != now["data_hash"]:
-        pytest.skip(f"trained on the documentation of Python {record['versions']['python']}, this is another one")
+        pytest.skip(
+            f"trained on the documentation of Python {record['versions']['python']}, this is another one"
+        )
 
     def losses(rows: list[dict[str, float]]) -> list[float]:
         return [row["train/loss"] for row in rows if "train/loss" in row and row["step"] <= 20]
@@ -42,7 +44,15 @@ def test_against_its_own_record_first_20_steps(train: Callable[..., RunDir]) -> 
 def test_it_is_small_and_complete() -> None:
     assert sum(f.stat().st_size for f in BASE.iterdir()) < 8e6
     names = {f.name for f in BASE.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "README.md", "run.json", "metrics.jsonl", "chat_template.jinja"}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "run.json",
+        "metrics.jsonl",
+        "chat_template.jinja",
+    }
     assert read_json(BASE / "config.json")["eos_token_id"] == 0
 
 
@@ -52,7 +62,9 @@ def test_it_loads_with_transformers_and_has_learnt_something() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     assert tokenizer.eos_token_id == 0
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert "hi" in str(chat)
     text = "Return a list of all the names in the current scope. If an argument is given, return the attributes of that object."
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])

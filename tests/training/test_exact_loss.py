@@ -61,7 +61,8 @@ def unequal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     file = tmp_path_factory.mktemp("data") / "unequal.jsonl"
     rows = [
-        {"instruction": f"say {i}", "input": "", "output": "ab" * (100 if i % 7 == 0 else 1 + i % 5)} for i in range(40)
+        {"instruction": f"say {i}", "input": "", "output": "ab" * (100 if i % 7 == 0 else 1 + i % 5)}
+        for i in range(40)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
@@ -91,7 +92,13 @@ def options(batch_size: int, accumulate: int, **changes: object) -> TrainerConfi
 
 def optimizer() -> Sgd:
     return Sgd(
-        name="sgd", lr=0.5, weight_decay=0.0, momentum=0.0, warmup_steps=0, schedule="constant", min_lr_ratio=0.1
+        name="sgd",
+        lr=0.5,
+        weight_decay=0.0,
+        momentum=0.0,
+        warmup_steps=0,
+        schedule="constant",
+        min_lr_ratio=0.1,
     )
 
 
@@ -109,7 +116,9 @@ def tiny_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def trained(prepared: PreparedData, trainer_options: TrainerConfig, *, flat: bool, root: Path) -> dict[str, torch.Tensor]:
+def trained(
+    prepared: PreparedData, trainer_options: TrainerConfig, *, flat: bool, root: Path
+) -> dict[str, torch.Tensor]:
     model = tiny_model()
     if flat:
         use_packed_attention(model)
@@ -166,14 +175,21 @@ def reference(unequal: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "padded"])
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (4, 2), (1, 8)])
 def test_against_torch_loop_weights(
-    reference: dict[str, torch.Tensor], unequal: Path, tmp_path: Path, batch_size: int, accumulate: int, flat: bool
+    reference: dict[str, torch.Tensor],
+    unequal: Path,
+    tmp_path: Path,
+    batch_size: int,
+    accumulate: int,
+    flat: bool,
 ) -> None:
     prepared = prepare(data_config(unequal), byte_encoder(), task="sft")
     weights = trained(prepared, options(batch_size, accumulate), flat=flat, root=tmp_path)
     assert distance(updates(reference), updates(weights)) < RELATIVE
 
 
-def test_mean_of_means_would_be_seen(unequal: Path, tmp_path: Path, reference: dict[str, torch.Tensor]) -> None:
+def test_mean_of_means_would_be_seen(
+    unequal: Path, tmp_path: Path, reference: dict[str, torch.Tensor]
+) -> None:
     """The comparison above can fail: averaging micro-batch means gives clearly other weights on these records."""
     prepared = prepare(data_config(unequal), byte_encoder(), task="sft")
     rows, model = prepared.rows("train"), tiny_model()
@@ -196,7 +212,9 @@ def test_mean_of_means_would_be_seen(unequal: Path, tmp_path: Path, reference: d
 
 
 @pytest.mark.parametrize("val_batch_size", [1, 3, 8])
-def test_validation_does_not_depend_on_the_batch_size(unequal: Path, tmp_path: Path, val_batch_size: int) -> None:
+def test_validation_does_not_depend_on_the_batch_size(
+    unequal: Path, tmp_path: Path, val_batch_size: int
+) -> None:
     prepared = prepare(data_config(unequal), byte_encoder(), task="sft")
     model = tiny_model()
     seen: dict[str, float] = {}
@@ -211,7 +229,12 @@ def test_validation_does_not_depend_on_the_batch_size(unequal: Path, tmp_path: P
     module.on_metrics = seen.update
     chosen = options(1, 1, val_batch_size=val_batch_size)
     trainer = build_trainer(
-        chosen, Hardware(torch.device("cpu"), "fp32", "test"), max_steps=STEPS, callbacks=[], root=tmp_path, world_size=1
+        chosen,
+        Hardware(torch.device("cpu"), "fp32", "test"),
+        max_steps=STEPS,
+        callbacks=[],
+        root=tmp_path,
+        world_size=1,
     )
     trainer.validate(module, LMDataModule(prepared, chosen, seed=3, flat=False), verbose=False)
     nll, tokens = 0.0, 0
@@ -242,7 +265,12 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(unequal: Path, tm
     model.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
     chosen = options(2, 1)
     trainer = build_trainer(
-        chosen, Hardware(torch.device("cpu"), "fp32", "test"), max_steps=STEPS, callbacks=[], root=tmp_path, world_size=1
+        chosen,
+        Hardware(torch.device("cpu"), "fp32", "test"),
+        max_steps=STEPS,
+        callbacks=[],
+        root=tmp_path,
+        world_size=1,
     )
     with pytest.raises(RunFailedError, match="at step 1"):
         trainer.fit(module, LMDataModule(prepared, chosen, seed=3, flat=False))

@@ -26,7 +26,7 @@ class StepFlops:
     head: float
     attention: float
 
-    def of(self, tokens: int, supervised: int, mean_context: float) -> float:
+    def of(self, tokens: float, supervised: float, mean_context: float) -> float:
         """FLOPs of a step over ``tokens``, of which ``supervised`` reach the head."""
         return tokens * (self.body + self.attention * mean_context) + supervised * self.head
 

@@ -72,11 +72,17 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log file has no narrow screen
-    first = compose(list(jobs[0]))  # where the sweep lies and how many jobs at once cannot differ between jobs
+    first = compose(
+        list(jobs[0])
+    )  # where the sweep lies and how many jobs at once cannot differ between jobs
     name = _sweep_name(first.run_name, jobs)
     root = Path(first.output_root) / "sweeps" / name
     if root.exists() and not first.overwrite:
-        raise UserError("this sweep directory already exists", where=str(root), fix="choose another run_name, or overwrite=true")
+        raise UserError(
+            "this sweep directory already exists",
+            where=str(root),
+            fix="choose another run_name, or overwrite=true",
+        )
     root.mkdir(parents=True, exist_ok=True)
     varied = _varied(jobs)
     queue = [
@@ -103,7 +109,9 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
     console.print(_table(queue), highlight=False)
     for job in queue:
         if job.status.startswith("refused"):
-            console.print(f"job {job.number} ({job.label}) {job.status}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"job {job.number} ({job.label}) {job.status}", markup=False, highlight=False, soft_wrap=True
+            )
     console.print(f"results: {os.path.relpath(root / 'results.csv')}", highlight=False, soft_wrap=True)
     failed = [job for job in queue if job.status == "failed" or job.status.startswith("error")]
     for job in failed:
@@ -210,7 +218,7 @@ def _sweep_name(given: str | None, jobs: Sequence[Sequence[str]]) -> str:
     return f"{moment}-{slug('-'.join(keys) or 'sweep', max_length=40)}-{secrets.token_hex(2)}"
 
 
-def _varied(jobs: Sequence[list[str]]) -> set[int]:
+def _varied(jobs: Sequence[Sequence[str]]) -> set[int]:
     return {i for i in range(len(jobs[0])) if len({job[i] for job in jobs}) > 1}
 
 

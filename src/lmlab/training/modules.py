@@ -76,7 +76,7 @@ class CausalLMModule(LightningModule):
         on_nonfinite: ``stop`` or ``skip`` when a gradient norm is not finite.
     """
 
-    strict_loading = False  # checkpoints hold the trained weights only
+    strict_loading = False  # type: ignore[assignment]  # checkpoints hold the trained weights only
 
     def __init__(
         self,
