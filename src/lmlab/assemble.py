@@ -21,6 +21,7 @@ from lmlab.records import UserError
 if TYPE_CHECKING:
     from lmlab.config.schema import RunConfig
     from lmlab.generation.text import TextGenerator
+    from lmlab.models.build import Pretrained
     from lmlab.models.hardware import Hardware
     from lmlab.models.memory import MemoryMeter
     from lmlab.training.options import OptimConfig
@@ -57,10 +58,9 @@ def build_for_training(
     """Build -> load weights -> quantize -> adapt, on this rank's own device."""
     from transformers.utils.logging import disable_progress_bar
 
-    from lmlab.config.schema import mixed_precision_instead
     from lmlab.models.adapters import count_parameters
     from lmlab.models.attention import supports_flat, use_packed_attention
-    from lmlab.models.build import Scratch, base_fingerprint, build_model
+    from lmlab.models.build import build_model
     from lmlab.models.quantize import linear_storage, stored_bytes
     from lmlab.tokenizers import load_tokenizer
 
@@ -71,20 +71,7 @@ def build_for_training(
     model = build_model(
         config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device
     )
-    base_path, fingerprint = config.model.source, None
-    if config.adapter.freezes_base:
-        fingerprint = base_fingerprint(model)
-        if isinstance(config.model, Scratch):
-            # An adapter is worth nothing without the base it was trained on.
-            base_path = str(run.base)
-            if int(os.environ.get("RANK", "0")) == 0:
-                model.save_pretrained(run.base)
-                tokenizer.save_pretrained(run.base)
-        config.quant.apply(model, compute_dtype=hardware.compute_dtype)
-    elif mixed_precision_instead(config):
-        say(
-            f"adapter=none with quant={config.quant.kind} trains fp32 weights in {hardware.precision} mixed precision"
-        )
+    base_path, fingerprint = _freeze_base(run, config, model, tokenizer, hardware, say)
     storage = linear_storage(model)
     params = sum(layer.shape[0] * layer.shape[1] for layer in storage)
     figures: dict[str, Any] = {
@@ -115,6 +102,29 @@ def build_for_training(
         save_weights=lambda folder: save_weights(model, tokenizer, folder, base_path=base_path, info=info),
         figures=figures,
     )
+
+
+def _freeze_base(
+    run: RunDir, config: RunConfig, model: Any, tokenizer: Any, hardware: Hardware, say: Callable[[str], None]
+) -> tuple[str | None, dict[str, str] | None]:
+    """Quantize a base that an adapter will lie on; (where it can be found again, its fingerprint)."""
+    from lmlab.config.schema import mixed_precision_instead
+    from lmlab.models.build import Scratch, base_fingerprint
+
+    if not config.adapter.freezes_base:
+        if mixed_precision_instead(config):
+            kind, precision = config.quant.kind, hardware.precision
+            say(f"adapter=none with quant={kind} trains fp32 weights in {precision} mixed precision")
+        return config.model.source, None
+    base_path, fingerprint = config.model.source, base_fingerprint(model)
+    if isinstance(config.model, Scratch):
+        # An adapter is worth nothing without the base it was trained on.
+        base_path = str(run.base)
+        if int(os.environ.get("RANK", "0")) == 0:
+            model.save_pretrained(run.base)
+            tokenizer.save_pretrained(run.base)
+    config.quant.apply(model, compute_dtype=hardware.compute_dtype)
+    return base_path, fingerprint
 
 
 def _effective_optim(config: RunConfig, hardware: Hardware, say: Callable[[str], None]) -> OptimConfig:
@@ -268,17 +278,23 @@ def _weights_folder(path: Path, *, use_best: bool) -> Path | None:
     return path
 
 
-def _load_plain(source: str, hardware: Hardware) -> tuple[Any, Any]:
-    from lmlab.models.build import Pretrained, build_model
-    from lmlab.tokenizers import load_tokenizer
+def _stored_model(source: str) -> Pretrained:
+    from lmlab.models.build import Pretrained
 
-    about = Pretrained(
+    return Pretrained(
         kind="pretrained",
         name_or_path=source,
         revision=None,
         trust_remote_code=False,
         gradient_checkpointing=False,
     )
+
+
+def _load_plain(source: str, hardware: Hardware) -> tuple[Any, Any]:
+    from lmlab.models.build import build_model
+    from lmlab.tokenizers import load_tokenizer
+
+    about = _stored_model(source)
     hf_config = about.hf_config(None)
     import torch
 
@@ -290,7 +306,7 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
     """Base as it was trained on (same quantization, same fingerprint) with the adapter on it."""
     from peft import PeftModel
 
-    from lmlab.models.build import Pretrained, base_fingerprint, build_model
+    from lmlab.models.build import base_fingerprint, build_model
     from lmlab.models.quantize import quants
     from lmlab.tokenizers import load_tokenizer
 
@@ -299,13 +315,7 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
         raise UserError(
             "the adapter does not name its base", where=str(path), fix="set base_model_name_or_path in it"
         )
-    about = Pretrained(
-        kind="pretrained",
-        name_or_path=source,
-        revision=None,
-        trust_remote_code=False,
-        gradient_checkpointing=False,
-    )
+    about = _stored_model(source)
     quant = info.get("quant") or {"kind": "none"}
     quant_config: Any = quants.class_of(quant["kind"]).model_validate(quant)
     model = build_model(

@@ -104,28 +104,9 @@ class Session:
         from lmlab.training.checkpoint import Checkpoints
         from lmlab.training.console import Progress
         from lmlab.training.datamodule import LMDataModule
-        from lmlab.training.modules import PretrainModule, SFTModule, Validation
 
-        config, meta = self.config, prepared.meta
-        asked = meta["val_prompts"] if meta["format"] != "text" else []
-        validation = Validation(
-            supervised_bytes=meta["report"]["val"]["supervised_bytes"],
-            prompts=[p["prompt"] for p in asked],
-            references=[p["response"] for p in asked],
-            metrics=config.metrics,
-            generator=built.generator,
-            sampler=config.sampler,
-        )
-        kind = PretrainModule if config.task == "pretrain" else SFTModule
-        module = kind(
-            built.model,
-            loss=config.loss,
-            optim=built.optim,
-            max_steps=max_steps,
-            validation=validation,
-            meter=meter,
-            on_nonfinite=config.trainer.on_nonfinite,
-        )
+        config = self.config
+        module = self._module(built, prepared, meter, max_steps)
         datamodule = LMDataModule(prepared, config.trainer, seed=config.seed, flat=built.flat)
         checkpoints = Checkpoints(
             self.run,
@@ -168,6 +149,30 @@ class Session:
         if module.skipped_steps:
             self.figures["skipped_steps"] = module.skipped_steps
         return 0 if result.signal is None else 128 + result.signal
+
+    def _module(self, built: Any, prepared: PreparedData, meter: Any, max_steps: int) -> Any:
+        from lmlab.training.modules import PretrainModule, SFTModule, Validation
+
+        config, meta = self.config, prepared.meta
+        asked = meta["val_prompts"] if meta["format"] != "text" else []
+        validation = Validation(
+            supervised_bytes=meta["report"]["val"]["supervised_bytes"],
+            prompts=[p["prompt"] for p in asked],
+            references=[p["response"] for p in asked],
+            metrics=config.metrics,
+            generator=built.generator,
+            sampler=config.sampler,
+        )
+        kind = PretrainModule if config.task == "pretrain" else SFTModule
+        return kind(
+            built.model,
+            loss=config.loss,
+            optim=built.optim,
+            max_steps=max_steps,
+            validation=validation,
+            meter=meter,
+            on_nonfinite=config.trainer.on_nonfinite,
+        )
 
     def _resume_from(self) -> Path | None:
         from lmlab.training.checkpoint import newest_checkpoint, verify_checkpoint

@@ -116,20 +116,24 @@ def tiny_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def sft_module(model: LlamaForCausalLM, *, supervised_bytes: int = 1) -> SFTModule:
+    return SFTModule(
+        model,
+        loss=CrossEntropy(kind="cross_entropy", label_smoothing=0.0, z_loss=0.0),
+        optim=optimizer(),
+        max_steps=STEPS,
+        validation=Validation(supervised_bytes=supervised_bytes),
+        meter=MemoryMeter(on_cuda=False),
+    )
+
+
 def trained(
     prepared: PreparedData, trainer_options: TrainerConfig, *, flat: bool, root: Path
 ) -> dict[str, torch.Tensor]:
     model = tiny_model()
     if flat:
         use_packed_attention(model)
-    module = SFTModule(
-        model,
-        loss=CrossEntropy(kind="cross_entropy", label_smoothing=0.0, z_loss=0.0),
-        optim=optimizer(),
-        max_steps=STEPS,
-        validation=Validation(supervised_bytes=1),
-        meter=MemoryMeter(on_cuda=False),
-    )
+    module = sft_module(model)
     hardware = Hardware(torch.device("cpu"), "fp32", "test")
     trainer = build_trainer(trainer_options, hardware, max_steps=STEPS, callbacks=[], root=root, world_size=1)
     trainer.fit(module, LMDataModule(prepared, trainer_options, seed=3, flat=flat))
@@ -218,14 +222,7 @@ def test_validation_does_not_depend_on_the_batch_size(
     prepared = prepare(data_config(unequal), byte_encoder(), task="sft")
     model = tiny_model()
     seen: dict[str, float] = {}
-    module = SFTModule(
-        model,
-        loss=CrossEntropy(kind="cross_entropy", label_smoothing=0.0, z_loss=0.0),
-        optim=optimizer(),
-        max_steps=STEPS,
-        validation=Validation(supervised_bytes=prepared.meta["report"]["val"]["supervised_bytes"]),
-        meter=MemoryMeter(on_cuda=False),
-    )
+    module = sft_module(model, supervised_bytes=prepared.meta["report"]["val"]["supervised_bytes"])
     module.on_metrics = seen.update
     chosen = options(1, 1, val_batch_size=val_batch_size)
     trainer = build_trainer(
@@ -254,14 +251,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(unequal: Path, tm
     prepared = prepare(data_config(unequal), byte_encoder(), task="sft")
     model = tiny_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    module = SFTModule(
-        model,
-        loss=CrossEntropy(kind="cross_entropy", label_smoothing=0.0, z_loss=0.0),
-        optim=optimizer(),
-        max_steps=STEPS,
-        validation=Validation(supervised_bytes=1),
-        meter=MemoryMeter(on_cuda=False),
-    )
+    module = sft_module(model)
     model.model.norm.weight.register_hook(lambda gradient: gradient * float("nan"))
     chosen = options(2, 1)
     trainer = build_trainer(
