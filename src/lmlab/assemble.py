@@ -187,6 +187,7 @@ def weights_info(
         "format": meta["format"],
         "template": meta["template"],
         "base": base_path,
+        "base_revision": getattr(config.model, "revision", None),
         "base_fingerprint": fingerprint,
         "quant": config.quant.model_dump(mode="json"),
         "sampler": config.sampler.model_dump(mode="json"),
@@ -206,6 +207,7 @@ def save_weights(
     if is_adapter:
         for peft_config in model.peft_config.values():
             peft_config.base_model_name_or_path = base_path
+            peft_config.revision = info["base_revision"]
         model.save_pretrained(temporary, save_embedding_layers=False)
     else:
         model.save_pretrained(temporary)
@@ -278,13 +280,13 @@ def _weights_folder(path: Path, *, use_best: bool) -> Path | None:
     return path
 
 
-def _stored_model(source: str) -> Pretrained:
+def _stored_model(source: str, revision: str | None = None) -> Pretrained:
     from lmlab.models.build import Pretrained
 
     return Pretrained(
         kind="pretrained",
         name_or_path=source,
-        revision=None,
+        revision=revision,
         trust_remote_code=False,
         gradient_checkpointing=False,
     )
@@ -315,7 +317,7 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
         raise UserError(
             "the adapter does not name its base", where=str(path), fix="set base_model_name_or_path in it"
         )
-    about = _stored_model(source)
+    about = _stored_model(source, info.get("base_revision"))
     quant = info.get("quant") or {"kind": "none"}
     quant_config: Any = quants.class_of(quant["kind"]).model_validate(quant)
     model = build_model(

@@ -278,8 +278,11 @@ class Journal:
             # Not splitlines(): U+2028 and its like may stand inside a JSON string.
             for line in path.read_bytes().split(b"\n"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
-                    if json.loads(line)["step"] <= step:
+                    row = json.loads(line)
+                    if row["step"] <= step:
                         kept.append(line + b"\n")
+                        if path == self._run.metrics:
+                            self.latest.update({k: v for k, v in row.items() if k not in ("step", "time")})
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             temporary.write_bytes(b"".join(kept))
             temporary.replace(path)

@@ -93,11 +93,20 @@ class Session:
         self._open_tracker()
         max_steps = config.trainer.steps(len(prepared.rows("train")))
         self._print_start(built, prepared, hardware, max_steps)
+        resume_from, step = self._resume_from()
         if self.rank == 0:
-            self.log(0, meter.read())
-        return self._fit(built, prepared, hardware, meter, max_steps)
+            self.log(step, meter.read())
+        return self._fit(built, prepared, hardware, meter, max_steps, resume_from)
 
-    def _fit(self, built: Any, prepared: PreparedData, hardware: Any, meter: Any, max_steps: int) -> int:
+    def _fit(
+        self,
+        built: Any,
+        prepared: PreparedData,
+        hardware: Any,
+        meter: Any,
+        max_steps: int,
+        resume_from: Path | None,
+    ) -> int:
         from lmlab.models.flops import step_flops
         from lmlab.training import fit as fitting
         from lmlab.training.callbacks import GracefulStop, RunLog, SampleGrid
@@ -108,17 +117,18 @@ class Session:
         config = self.config
         module = self._module(built, prepared, meter, max_steps)
         datamodule = LMDataModule(prepared, config.trainer, seed=config.seed, flat=built.flat)
+        progress = Progress(self.console, max_steps=max_steps, active=self.rank == 0)
+        flops = step_flops(built.model, checkpointing=config.model.gradient_checkpointing)
+        log = RunLog(config.trainer, log=self.log, progress=progress, flops=flops, meter=meter)
         checkpoints = Checkpoints(
             self.run,
             config.checkpoint,
             save_weights=built.save_weights,
             max_steps=max_steps,
             val_every_n_steps=config.trainer.val_every_n_steps,
+            pause=log.pause,
         )
         stop = GracefulStop(save=checkpoints.save)
-        progress = Progress(self.console, max_steps=max_steps, active=self.rank == 0)
-        flops = step_flops(built.model, checkpointing=config.model.gradient_checkpointing)
-        log = RunLog(config.trainer, log=self.log, progress=progress, flops=flops, meter=meter)
         prompts = sample_prompts(config, prepared)
         samples = SampleGrid(
             built.generator,
@@ -129,6 +139,7 @@ class Session:
             max_steps=max_steps,
             log=self.log_samples,
             meter=meter,
+            pause=log.pause,
         )
         extra = [callback.build() for callback in config.callbacks.values()]
         callbacks = fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra)
@@ -141,7 +152,7 @@ class Session:
             world_size=world_size(config),
         )
         result = fitting.fit(
-            trainer, module, datamodule, checkpoints=checkpoints, stop=stop, resume_from=self._resume_from()
+            trainer, module, datamodule, checkpoints=checkpoints, stop=stop, resume_from=resume_from
         )
         self.figures.update(
             {"steps": result.steps, "best/val_loss": result.best_loss, "best/step": result.best_step}
@@ -174,20 +185,26 @@ class Session:
             on_nonfinite=config.trainer.on_nonfinite,
         )
 
-    def _resume_from(self) -> Path | None:
+    def _resume_from(self) -> tuple[Path | None, int]:
+        """(the checkpoint to go on from, its step); what was logged after it is forgotten, as it will come again."""
         from lmlab.training.checkpoint import newest_checkpoint, verify_checkpoint
 
         if self.config.resume is None:
-            return None
+            return None, 0
         if self.config.resume == "auto":
             found = newest_checkpoint(self.run.checkpoints)
-            self.say(f"resuming from {found}" if found else "nothing to resume from: starting at step 0")
+            self.say(
+                f"resuming from {os.path.relpath(found)}"
+                if found
+                else "nothing to resume from: starting at step 0"
+            )
         else:
             found = Path(self.config.resume)
             verify_checkpoint(found)
-        if found and self.journal is not None:
-            self.journal.forget_after(int(read_json(found / "manifest.json")["step"]))
-        return found
+        step = int(read_json(found / "manifest.json")["step"]) if found else 0
+        if self.journal is not None:
+            self.journal.forget_after(step if found else -1)
+        return found, step
 
     def _open_tracker(self) -> None:
         if self.rank != 0:
@@ -198,6 +215,7 @@ class Session:
         self.tracker = WandbTracker(
             config.logger,
             run_dir=self.run.path,
+            run_id=read_json(self.run.info)["wandb_id"],
             settings=config.model_dump(mode="json"),
             tags=[
                 f"adapter:{config.adapter.kind}",
@@ -253,6 +271,22 @@ class Session:
         for name, value in rows:
             table.add_row(name, value)
         self.console.print(table, highlight=False)
+        for note in self._notes(prepared, max_steps):
+            self.say(f"note: {note}")
+
+    def _notes(self, prepared: PreparedData, max_steps: int) -> list[str]:
+        """Settings that are allowed and probably not meant."""
+        trainer, warmup, notes = self.config.trainer, self.config.optim.warmup_steps, []
+        rows = len(prepared.rows("train"))
+        if trainer.rows_per_step > rows:
+            notes.append(
+                f"a step of {trainer.rows_per_step} rows sees the {rows} training rows more than once"
+            )
+        if warmup >= max_steps:
+            notes.append(
+                f"optim.warmup_steps={warmup} is not over in {max_steps} steps: the peak learning rate is never reached"
+            )
+        return notes
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -309,7 +343,8 @@ class Session:
         where = os.path.relpath(self.run.path)
         made = "model" if self.config.adapter.kind == "none" else "adapter"
         if (self.run.path / made).exists():
-            self.say(f"weights: {where}/{made} (best: {where}/best/{made})")
+            best_too = f" (best: {where}/best/{made})" if (self.run.best / made).exists() else ""
+            self.say(f"weights: {where}/{made}{best_too}")
             self.say(f"try it: python scripts/generate.py {where} --prompt '...'")
         if self.run.report.exists():
             self.say(f"report: {where}/report.html")

@@ -25,8 +25,9 @@ from lmlab.config.compose import dump_yaml, fingerprint, to_run_config
 from lmlab.config.schema import RunConfig
 from lmlab.data.prepare import PreparedData, TextEncoder, prepare, training_texts
 from lmlab.data.sources import cache_root
-from lmlab.journal import RunDir, check_run_name, slug, write_json
+from lmlab.journal import RunDir, check_run_name, read_json, slug, write_json
 from lmlab.records import UserError
+from lmlab.resume import check_unchanged
 
 UNNAMED = ("run_name", "output_root", "overwrite", "resume", "hydra.", "logger.", "launcher.")
 
@@ -83,6 +84,8 @@ def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None
     tokenizer_folder, encoder, size = prepare_tokenizer(config)
     _check_model(config, size)
     prepared = prepare(config.data, encoder, task=config.task)
+    if config.resume is not None:
+        check_unchanged(run, config, data_hash=prepared.folder.name, tokenizer_hash=encoder.key)
     return Plan(config, run, prepared, tokenizer_folder, encoder.key)
 
 
@@ -109,7 +112,8 @@ def _check_model(config: RunConfig, tokenizer_size: int) -> None:
             fix=f"at most {limit}",
         )
     if config.tokenizer.kind != "bpe":
-        tokenizer = load_tokenizer(_tokenizer_source(config))
+        revision = getattr(config.model, "revision", None) if config.tokenizer.kind == "from_model" else None
+        tokenizer = load_tokenizer(_tokenizer_source(config), revision=revision)
         check_vocabulary(
             tokenizer, hf_config.get_text_config().vocab_size, where=f"model {config.model.label}"
         )
@@ -205,6 +209,9 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
             "data_hash": plan.prepared.folder.name,
             "tokenizer_hash": plan.tokenizer_hash,
             "prepared": str(plan.prepared.folder),
+            # Drawn once and kept: a resumed run goes on in its own W&B run, an overwritten one gets a new one.
+            "wandb_id": (read_json(run.info).get("wandb_id") if config.resume else None)
+            or secrets.token_hex(6),
             **_git(),
             **_environment(),
         },

@@ -120,12 +120,7 @@ def test_wandb_has_the_same_numbers(qlora: tuple[RunDir, Any]) -> None:
     for record in records:
         if record["type"] != "history":
             continue
-        row = {
-            ".".join(item["nested_key"]) if item.get("nested_key") else item["key"]: json.loads(
-                item["value_json"]
-            )
-            for item in record["history"]["item"]
-        }
+        row = record["history"]["item"]
         keys |= row.keys()
         history.update(
             {(row["trainer/step"], name): value for name, value in row.items() if isinstance(value, float)}

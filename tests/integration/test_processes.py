@@ -167,3 +167,60 @@ def test_help_and_cfg_answer_without_the_heavy_libraries() -> None:
     ]
     config = command("train.py", "adapter=qlora", "--cfg", "job")
     assert "kind: nf4" in config.stdout
+
+
+def test_sigterm_to_a_multirun_stops_its_jobs(tmp_path: Path) -> None:
+    told = [
+        *QUICK[:4],
+        "logger=none",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=100000",
+        "trainer.val_every_n_steps=100000",
+    ]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "train.py",
+            "-m",
+            *told,
+            "run_name=swept",
+            f"output_root={tmp_path}",
+            "optim.lr=1e-3,2e-3",
+        ],
+        cwd=ROOT,
+        env=os.environ.copy(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    root = tmp_path / "sweeps" / "swept"
+    deadline = time.monotonic() + 120
+    while not any("train/loss" in file.read_text(encoding="utf-8") for file in root.glob("*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=90)
+    assert process.returncode == 143
+    rows = list(csv.DictReader((root / "results.csv").open(encoding="utf-8")))
+    assert [row["status"] for row in rows] == ["failed", "not started"]
+    assert read_json(RunDir(rows[0]["directory"]).summary)["status"] == "interrupted"
+
+
+def test_a_dead_wandb_server_costs_seconds_and_no_number(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = command(
+        "train.py",
+        *[o for o in QUICK if o != "logger=none"],
+        "logger.mode=online",
+        "run_name=dead",
+        f"output_root={tmp_path}",
+        WANDB_MODE="online",
+        WANDB_BASE_URL="http://127.0.0.1:9",
+        WANDB_API_KEY="0123456789abcdef0123456789abcdef01234567",
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 90
+    assert "so this run is recorded offline" in done.stdout
+    run = RunDir(tmp_path / "sft" / "dead")
+    assert [r["step"] for r in lines(run.metrics) if "train/loss" in r] == [1, 2, 3]
+    assert list(run.path.glob("wandb/offline-run-*/run-*.wandb"))

@@ -331,3 +331,68 @@ def test_real_hub_layout_against_reference(train: Train, real_data: Path) -> Non
     rows = [row for row in lines(run.metrics) if "val/loss" in row]
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
     assert json.loads(run.samples.read_text(encoding="utf-8").splitlines()[0])["text"]
+
+
+def test_resume_under_another_configuration_is_refused_with_a_diff(train: Train) -> None:
+    told = [
+        "data=skills",
+        "data.num_records=60",
+        "metrics=none",
+        "samples.prompts=0",
+        "trainer.val_every_n_steps=2",
+    ]
+    run = train("changed", *told, "trainer.max_steps=2")
+    before = run.config.read_text(encoding="utf-8")
+    for change, expected in (
+        ("optim.lr=0.5", r"optim\.lr was 0\.001, now 0\.5"),
+        ("adapter.rank=4", r"adapter\.rank was 16, now 4"),
+        ("data.num_records=70", r"data\.num_records was 60, now 70"),
+        ("trainer.batch_size=4", r"global batch was 8 rows, now 4"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            train("changed", *told, "trainer.max_steps=4", "resume=auto", change)
+    assert run.config.read_text(encoding="utf-8") == before
+    train(
+        "changed",
+        *told,
+        "trainer.max_steps=4",
+        "resume=auto",
+        "trainer.batch_size=4",
+        "trainer.accumulate_grad_batches=2",
+    )
+    assert read_json(run.summary)["steps"] == 4
+
+
+def test_resuming_loses_no_number_and_writes_none_twice(train: Train) -> None:
+    told = [
+        "data=skills",
+        "data.num_records=60",
+        "metrics=none",
+        "samples.prompts=1",
+        "trainer.val_every_n_steps=100",
+    ]
+    told += ["trainer.log_every_n_steps=3", "optim.schedule=constant", "checkpoint.keep=3"]
+    whole = train("numbers-whole", *told, "trainer.max_steps=8")
+    train("numbers-parts", *told, "trainer.max_steps=4")
+    parts = train("numbers-parts", *told, "trainer.max_steps=8", "resume=auto")
+    again = train("numbers-parts", *told, "trainer.max_steps=8", "resume=auto")
+
+    def logged(run: RunDir) -> list[tuple[int, float, float]]:
+        return [
+            (r["step"], r["train/tokens"], r["train/loss"])
+            for r in lines(run.metrics)
+            if "train/loss" in r and r["step"] != 4
+        ]
+
+    assert [(step, tokens) for step, tokens, _ in logged(whole)] == [
+        (step, tokens) for step, tokens, _ in logged(parts)
+    ]
+    summary = read_json(again.summary)
+    assert summary["status"] == "finished"
+    assert summary["final/train/loss"] == logged(whole)[-1][2]
+    assert summary["final/val/loss"] == read_json(whole.summary)["final/val/loss"]
+
+
+def test_optim_name_alone_chooses_the_optimizer(train: Train) -> None:
+    run = train("by-name", "optim.name=sgd", "data=skills", "data.num_records=60", "metrics=none", *SMALL)
+    assert "momentum" in run.config.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ GB = 0.2
 HIDDEN, MLP, VOCAB, LAYERS, KV = 64, 96, 97, 2, 32
 
 
-def filled(gigabytes: float = GB) -> torch.Tensor:
-    return torch.ones(int(gigabytes * 1e9) // 4)
+def filled(gigabytes: float = GB) -> mmap.mmap:
+    """Pages straight from the system: malloc may hand out memory that earlier tests left resident."""
+    block = mmap.mmap(-1, int(gigabytes * 1e9))
+    for page in range(0, len(block), mmap.PAGESIZE):
+        block[page] = 1
+    return block
 
 
 @pytest.fixture

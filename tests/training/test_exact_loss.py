@@ -265,3 +265,37 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(unequal: Path, tm
     with pytest.raises(RunFailedError, match="at step 1"):
         trainer.fit(module, LMDataModule(prepared, chosen, seed=3, flat=False))
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_an_fp16_scale_is_out_before_clipping(unequal: Path, tmp_path: Path) -> None:
+    """Under a GradScaler the logged norm is the true one (a fused AdamW would unscale only after clipping)."""
+    from lightning.pytorch import Callback
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from lmlab.training.options import AdamW
+
+    prepared = prepare(data_config(unequal), byte_encoder(), task="sft")
+    norms: dict[bool, float] = {}
+    for scaled in (False, True):
+        module = sft_module(tiny_model())
+        module.optim = AdamW(
+            name="adamw",
+            lr=1e-3,
+            weight_decay=0.0,
+            betas=[0.9, 0.95],
+            eps=1e-8,
+            warmup_steps=0,
+            schedule="constant",
+            min_lr_ratio=0.1,
+        )
+        chosen = options(4, 1)
+        hardware = Hardware(torch.device("cpu"), "fp32", "test")
+        trainer = build_trainer(
+            chosen, hardware, max_steps=1, callbacks=[Callback()], root=tmp_path, world_size=1
+        )
+        if scaled:
+            plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))  # type: ignore[attr-defined]
+            trainer.strategy._precision_plugin = plugin
+        trainer.fit(module, LMDataModule(prepared, chosen, seed=3, flat=False))
+        norms[scaled] = module.totals.grad_norm
+    assert norms[True] == pytest.approx(norms[False], rel=0.02)  # fp16 products

@@ -200,7 +200,7 @@ def load_env() -> None:
         if value:  # a line of .env.example left empty must not hide a default
             os.environ.setdefault(name, value)
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def to_run_config(composed: Any) -> Any:
@@ -233,6 +233,7 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
     if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
         load_plugins(plugins)
     refuse_secrets(values)
+    values = _named_optimizer(values)
     model = run_config_class()
     try:
         config = model.model_validate(values)
@@ -240,6 +241,36 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
         return None, validation_problems(error, model)
     problems = list(broken_rules(config))
     return (None if problems else config), problems
+
+
+def _named_optimizer(values: dict[str, Any]) -> dict[str, Any]:
+    """``optim.name=sgd`` is as good as ``optim=sgd``: fields the named optimizer lacks go, those it needs come from its YAML."""
+    from omegaconf import OmegaConf
+
+    from lmlab import registry
+
+    given = values.get("optim")
+    if not isinstance(given, dict) or given.get("name") not in registry.optimizers.names():
+        return values
+    fields = registry.optimizers.class_of(given["name"]).model_fields
+    file = CONF / "optim" / f"{given['name']}.yaml"
+    usual = values_of_defaults("optim")
+    foreign = [key for key in given if key not in fields and given[key] == usual.get(key)]
+    if not foreign or not file.is_file():
+        return values
+    own: Any = OmegaConf.to_container(OmegaConf.load(file))
+    kept = {key: value for key, value in given.items() if key not in foreign}
+    return {**values, "optim": {**own, **kept}}
+
+
+def values_of_defaults(group: str) -> dict[str, Any]:
+    """The YAML of a group's default option, as train.yaml names it."""
+    from omegaconf import OmegaConf
+
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml"), resolve=False)
+    option = next(d[group] for d in defaults["defaults"] if isinstance(d, dict) and group in d)
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
+    return content
 
 
 def _plain(composed: Any) -> dict[Any, Any]:

@@ -102,7 +102,7 @@ def broken_rules(config: RunConfig) -> Iterator[UserError]:
             where="tokenizer",
             fix="use tokenizer=from_model",
         )
-    if trainer.precision == "fp16" and trainer.accelerator == "cpu":
+    if trainer.precision == "fp16" and not _gpu_wanted(config):
         yield UserError(
             "trainer.precision=fp16 on a CPU", where="trainer.precision", fix="use bf16 or fp32 there"
         )

@@ -10,6 +10,7 @@ import csv
 import datetime
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
             where=str(root),
             fix="choose another run_name, or overwrite=true",
         )
-    root.mkdir(parents=True, exist_ok=True)
+    if (root / "results.csv").exists():
+        shutil.rmtree(root)
     varied = _varied(jobs)
     queue = [
         Job(
@@ -98,13 +100,17 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
     console.print(
         f"{len(queue)} jobs, {at_once} at a time, in {os.path.relpath(root)}", highlight=False, soft_wrap=True
     )
-    code = 0
+    code, done = 0, False
+    old = signal.signal(signal.SIGTERM, _interrupt)
     try:
         _run_all(queue, at_once, compose, name, console)
-    except KeyboardInterrupt:
-        code = 130
-        _stop(queue)
+        done = True
+    except KeyboardInterrupt as error:
+        code = 143 if error.args else 130
     finally:
+        if not done:  # whatever ended the sweep, no job goes on without it
+            _stop(queue)
+        signal.signal(signal.SIGTERM, old)
         _write_results(root, queue)
     console.print(_table(queue), highlight=False)
     for job in queue:
@@ -112,11 +118,16 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
             console.print(
                 f"job {job.number} ({job.label}) {job.status}", markup=False, highlight=False, soft_wrap=True
             )
-    console.print(f"results: {os.path.relpath(root / 'results.csv')}", highlight=False, soft_wrap=True)
+    if (root / "results.csv").exists():
+        console.print(f"results: {os.path.relpath(root / 'results.csv')}", highlight=False, soft_wrap=True)
     failed = [job for job in queue if job.status == "failed" or job.status.startswith("error")]
     for job in failed:
         print(f"error: job {job.number} ({job.label}) {job.status}", file=sys.stderr)
     return code or (1 if failed else 0)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt(number)
 
 
 def _run_all(
@@ -240,6 +251,9 @@ def _row(job: Job) -> dict[str, Any]:
 
 
 def _write_results(root: Path, queue: Sequence[Job]) -> None:
+    if all(job.status.startswith(("error", "waiting")) for job in queue):
+        return  # a command line that is wrong for every job leaves nothing behind
+    root.mkdir(parents=True, exist_ok=True)
     rows = [_row(job) for job in queue]
     temporary = root / f".results.{os.getpid()}.tmp"
     with temporary.open("w", encoding="utf-8", newline="") as stream:

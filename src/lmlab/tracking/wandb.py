@@ -6,9 +6,9 @@ raises is said once and turns it off, because metrics.jsonl already has every nu
 
 from __future__ import annotations
 
-import hashlib
 import netrc
 import os
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,17 +48,13 @@ def has_key() -> bool:
         return False
 
 
-def run_id(run_dir: Path) -> str:
-    """The same run directory always has the same W&B id, so a resumed run goes on in its own."""
-    return hashlib.sha256(str(run_dir).encode("utf-8", "surrogateescape")).hexdigest()[:12]
-
-
 class WandbTracker:
     """One W&B run.
 
     Args:
         config: project, mode, group.
         run_dir: its ``wandb`` folder takes the files.
+        run_id: kept in run.json, so that a resumed run goes on in its own W&B run.
         settings: the resolved, secret-free config of the run.
         tags: adapter, quantization, model.
         job_type: the task.
@@ -70,24 +66,34 @@ class WandbTracker:
         config: LoggerConfig,
         *,
         run_dir: Path,
+        run_id: str,
         settings: Mapping[str, Any],
         tags: Sequence[str],
         job_type: str,
         say: Callable[[str], None],
     ) -> None:
-        self._say, self.run_dir = say, run_dir
+        self._say, self.run_dir, self.run_id = say, run_dir, run_id
         self._run: Any = None
         self._rows: list[list[Any]] = []
         self.mode = config.mode
         if config.mode == "disabled":
             return
         if config.mode == "auto":
-            self.mode = "online" if has_key() else "offline"
-            if self.mode == "offline":
+            wanted = os.environ.get("WANDB_MODE", "")  # the library's own switch, which its users know
+            self.mode = "offline" if wanted in ("offline", "dryrun") or not has_key() else "online"
+            if not has_key():
                 say(
                     "W&B: no key found, so this run is recorded offline (set WANDB_API_KEY in .env to go online)"
                 )
-        self._guard(lambda: self._open(config, settings, [*tags, *config.tags], job_type))
+        try:
+            self._open(config, settings, [*tags, *config.tags], job_type)
+        except Exception as error:  # a server that is away, a key that is wrong: the run must not care
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            say(f"W&B: cannot go online ({detail}), so this run is recorded offline")
+            self.mode = "offline"
+            # The half-opened run still lives in the library's service under this id.
+            self.run_id = secrets.token_hex(6)
+            self._guard(lambda: self._open(config, settings, [*tags, *config.tags], job_type))
 
     def _open(
         self, config: LoggerConfig, settings: Mapping[str, Any], tags: list[str], job_type: str
@@ -98,13 +104,13 @@ class WandbTracker:
         import wandb
 
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") or config.project,
-            entity=config.entity or os.environ.get("WANDB_ENTITY") or None,
+            project=config.project,
+            entity=config.entity,
             group=config.group,
             job_type=job_type,
             name=self.run_dir.name,
             notes=config.notes,
-            id=run_id(self.run_dir),
+            id=self.run_id,
             resume="allow" if self.mode == "online" else None,
             dir=str(self.run_dir),
             config=dict(settings),
@@ -112,7 +118,12 @@ class WandbTracker:
             mode=self.mode,  # type: ignore[arg-type]
             reinit="create_new",
             settings=wandb.Settings(
-                silent=True, console="off", disable_git=True, save_code=False, x_save_requirements=False
+                silent=True,
+                init_timeout=20,  # 90 seconds by default: too long to wait for a server that is away
+                console="off",
+                disable_git=True,
+                save_code=False,
+                x_save_requirements=False,
             ),
         )
         self._run.define_metric("trainer/step")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -46,29 +48,41 @@ class RunLog(Callback):
         flops: StepFlops,
         meter: MemoryMeter,
     ) -> None:
-        self.options, self.log_metrics, self.progress, self.flops, self.meter = (
-            options,
-            log,
-            progress,
-            flops,
-            meter,
-        )
+        self.options, self.log_metrics, self.progress = options, log, progress
+        self.flops, self.meter = flops, meter
+        self._module: CausalLMModule | None = None
         self.tokens = self.flops_done = 0.0
         self._clock = self._paused = 0.0
         self._pause_began: float | None = None
         self._step = -1
 
-    def state_dict(self) -> dict[str, float]:
-        """Running totals, which a resumed run goes on from."""
-        return {"tokens": self.tokens, "flops": self.flops_done}
+    def state_dict(self) -> dict[str, Any]:
+        """Running totals, those since the last log point too, which a resumed run goes on from."""
+        assert self._module is not None
+        return {"tokens": self.tokens, "flops": self.flops_done, "open": asdict(self._module.totals)}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
+        assert self._module is not None
         self.tokens, self.flops_done = state_dict["tokens"], state_dict["flops"]
+        self._module.totals = StepTotals(**state_dict["open"])
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent in here (samples, checkpoints) does not count as training time."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if (
+                self._pause_began is None
+            ):  # else a validation is going on, whose whole time is left out already
+                self._paused += time.monotonic() - began
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the validation metrics from the module, also those of step 0."""
         assert isinstance(pl_module, CausalLMModule)
+        self._module = pl_module
         pl_module.on_metrics = lambda values: self._validated(trainer, values)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,7 +113,7 @@ class RunLog(Callback):
         seconds = max(1e-9, time.monotonic() - self._clock - self._paused)
         self.tokens += totals.tokens
         self.flops_done += self.flops.of(
-            totals.tokens, totals.supervised, totals.mean_context / max(1.0, totals.tokens)
+            totals.tokens, totals.supervised, totals.context / max(1.0, totals.tokens)
         )
         if trainer.is_global_zero:
             values = {
@@ -116,7 +130,7 @@ class RunLog(Callback):
         self._clock, self._paused = time.monotonic(), 0.0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation, samples and checkpoints do not count as training time."""
+        """Validation, with what hangs on it, does not count as training time."""
         self._pause_began = time.monotonic()
 
     def _validated(self, trainer: Trainer, values: dict[str, float]) -> None:
@@ -159,10 +173,11 @@ class SampleGrid(Callback):
         max_steps: int,
         log: LogSamples,
         meter: MemoryMeter,
+        pause: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.generator, self.prompts, self.grid, self.seed = generator, prompts, grid, seed
         self.every, self.max_steps, self.log_samples, self.meter = every_n_steps, max_steps, log, meter
-        self._sampled = -1
+        self._sampled, self._pause = -1, pause
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At step 0, at the end, and between them if no rhythm of their own is set."""
@@ -181,7 +196,7 @@ class SampleGrid(Callback):
             return
         self._sampled = step
         samples: list[Sample] = []
-        with self.meter.phase("generate"):
+        with self._pause(), self.meter.phase("generate"):
             for name, sampler in self.grid.items():
                 seeds = [self.seed + index for index in range(len(self.prompts))]
                 texts = self.generator([full for _, full in self.prompts], sampler=sampler, seeds=seeds)

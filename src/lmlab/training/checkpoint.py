@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ class Checkpoints(Callback):
         run: where.
         options: how often, how many.
         save_weights: writes ``adapter/`` or ``model/`` into the folder it is given (on rank 0).
+        pause: entered while saving (the log's clock stands still).
         val_every_n_steps: a checkpoint due together with a validation is saved after it.
     """
 
@@ -137,12 +139,13 @@ class Checkpoints(Callback):
         save_weights: Callable[[Path], None],
         max_steps: int,
         val_every_n_steps: int,
+        pause: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.run, self.options, self.save_weights = run, options, save_weights
         self.max_steps, self.val_every = max_steps, val_every_n_steps
         self.best: float | None = None
         self.best_step: int | None = None
-        self._saved_step = -1
+        self._saved_step, self._pause = -1, pause
 
     def state_dict(self) -> dict[str, Any]:
         """Best so far, so that a resumed run does not overwrite it with something worse."""
@@ -180,7 +183,8 @@ class Checkpoints(Callback):
     def save(self, trainer: Trainer) -> None:
         """Save now (all ranks must call it) and remove what is older than the newest ``keep``."""
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.run.checkpoints / checkpoint_name(trainer.global_step))
+        with self._pause():
+            trainer.save_checkpoint(self.run.checkpoints / checkpoint_name(trainer.global_step))
         if trainer.is_global_zero:
             for old in sorted(self.run.checkpoints.glob("step-*"))[: -self.options.keep]:
                 shutil.rmtree(old, ignore_errors=True)

@@ -121,5 +121,5 @@ def loop_callbacks(
     max_steps: int,
     extra: Sequence[Any],
 ) -> list[Callback]:
-    """In this order: stop flags first, so that those after see them; the log before what would distort its clock."""
-    return [StopAtLastStep(max_steps), stop, log, *([samples] if samples else []), *extra, checkpoints]
+    """In this order: the log first, so that a checkpoint holds what it logged; then what may ask to stop, then what acts on it."""
+    return [StopAtLastStep(max_steps), log, stop, *extra, *([samples] if samples else []), checkpoints]

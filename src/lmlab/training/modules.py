@@ -10,7 +10,6 @@ DDP by the world size, so the factor is ``world_size * accumulate * SCALE / supe
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,9 @@ from lmlab.models.memory import MemoryMeter
 from lmlab.records import PackedBatch, RunFailedError
 from lmlab.training.options import OptimConfig
 
+MAX_OVERFLOWS = (
+    30  # in a row: a loss scale of 65,536 is down to 1e-4 by then, so the gradient itself is broken
+)
 SCALE = 1024.0  # keeps the summed loss of a batch within fp16's range before the backward pass
 
 
@@ -41,7 +43,7 @@ class StepTotals:
     steps: int = 0
     grad_norm: float = 0.0
     lr: float = 0.0
-    mean_context: float = 0.0
+    context: float = 0.0  # sum over tokens of their document's length
 
 
 @dataclass
@@ -95,7 +97,7 @@ class CausalLMModule(LightningModule):
         self.on_nonfinite = on_nonfinite
         self.totals = StepTotals()
         self.measure_memory = False
-        self.skipped_steps = 0
+        self.skipped_steps = self._overflows = 0
         self._window: torch.Tensor | None = (
             None  # [loss sum, supervised, tokens, tokens * context] of this step
         )
@@ -152,18 +154,29 @@ class CausalLMModule(LightningModule):
         value = float(norm)
         if not math.isfinite(value):
             self._nonfinite(value, loss / max(1, supervised))
+        else:
+            self._overflows = 0
         self.totals.loss += loss
         self.totals.supervised += supervised
         self.totals.tokens += tokens
-        self.totals.mean_context += context
+        self.totals.context += context
         self.totals.steps += 1
         self.totals.grad_norm = value
         self.totals.lr = float(
             optimizer.param_groups[0]["lr"]
         )  # the schedule moves on before the batch's last hook
 
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def _nonfinite(self, norm: float, loss: float) -> None:
         step = self.global_step + 1
+        self._overflows += 1
+        if self._scaler() is not None and math.isfinite(loss) and self._overflows <= MAX_OVERFLOWS:
+            self.skipped_steps += (
+                1  # an fp16 overflow: the scaler skips this update itself and halves its scale
+            )
+            return
         if self.on_nonfinite == "stop":
             raise RunFailedError(
                 f"gradient norm is {norm} and the loss {loss:.4g} at step {step}, so the update was not made: "
@@ -175,7 +188,9 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, stepped once per optimizer step."""
-        optimizer = self.optim.build(self._trainable, on_cuda=self.device.type == "cuda")
+        optimizer = self.optim.build(
+            self._trainable, on_cuda=self.device.type == "cuda", scaled=self._scaler() is not None
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor(self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -260,8 +275,3 @@ def _context_sum(batch: PackedBatch) -> float:
     if batch.cu_seqlens is None:
         return float(batch.num_tokens * batch.input_ids.shape[1])
     return float(batch.cu_seqlens.diff().double().square().sum())
-
-
-def now() -> float:
-    """Monotonic seconds; durations never come from the wall clock."""
-    return time.monotonic()

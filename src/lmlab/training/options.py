@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -31,8 +31,14 @@ class OptimConfig(Config):
     schedule: Literal["cosine", "linear", "constant"]
     min_lr_ratio: float = Field(ge=0, le=1)
 
-    def build(self, parameters: Iterable[torch.nn.Parameter], *, on_cuda: bool) -> torch.optim.Optimizer:
-        """The optimizer over parameter groups with and without weight decay."""
+    def build(
+        self, parameters: Iterable[torch.nn.Parameter], *, on_cuda: bool, scaled: bool
+    ) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups with and without weight decay.
+
+        Args:
+            scaled: gradients carry an fp16 loss scale that must be taken out before they are clipped.
+        """
         raise NotImplementedError
 
     def groups(self, parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
@@ -54,7 +60,7 @@ class OptimConfig(Config):
                 return (step + 1) / warmup
             if self.schedule == "constant":
                 return 1.0
-            progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+            progress = min(1.0, (step - warmup + 1) / max(1, max_steps - warmup))  # 1 at the last update
             if self.schedule == "linear":
                 return 1.0 - (1.0 - low) * progress
             return low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -70,12 +76,15 @@ class AdamW(OptimConfig):
     betas: list[float] = Field(min_length=2, max_length=2)
     eps: float = Field(gt=0)
 
-    def build(self, parameters: Iterable[torch.nn.Parameter], *, on_cuda: bool) -> torch.optim.Optimizer:
+    def build(
+        self, parameters: Iterable[torch.nn.Parameter], *, on_cuda: bool, scaled: bool
+    ) -> torch.optim.Optimizer:
         arguments: dict[str, Any] = {"lr": self.lr, "betas": (self.betas[0], self.betas[1]), "eps": self.eps}
         if self.name == "adamw":
             import torch
 
-            return torch.optim.AdamW(self.groups(parameters), fused=True, **arguments)
+            # A fused optimizer unscales on its own, after clipping would have seen the scaled gradients.
+            return torch.optim.AdamW(self.groups(parameters), fused=not scaled, **arguments)
         import bitsandbytes.optim as bnb_optim
 
         kind = bnb_optim.PagedAdamW8bit if self.name == "paged_adamw8bit" and on_cuda else bnb_optim.AdamW8bit
@@ -89,7 +98,9 @@ class Sgd(OptimConfig):
     name: Literal["sgd"]
     momentum: float = Field(ge=0, lt=1)
 
-    def build(self, parameters: Iterable[torch.nn.Parameter], *, on_cuda: bool) -> torch.optim.Optimizer:
+    def build(
+        self, parameters: Iterable[torch.nn.Parameter], *, on_cuda: bool, scaled: bool
+    ) -> torch.optim.Optimizer:
         import torch
 
         return torch.optim.SGD(self.groups(parameters), lr=self.lr, momentum=self.momentum)
@@ -163,7 +174,7 @@ class SamplesConfig(Config):
         seed: of the samplers; apart from the training seed, the same at every step.
     """
 
-    prompts: int | list[str]
+    prompts: Annotated[int, Field(ge=0)] | list[str]
     grid: list[str]
     every_n_steps: int | None = Field(ge=1)
     seed: int
