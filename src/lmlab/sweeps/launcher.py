@@ -6,6 +6,7 @@ on. Directories: ``outputs/sweeps/<sweep>/<n>-<slug>/``; ``results.csv`` beside 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import os
@@ -76,6 +77,10 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
     first = compose(
         list(jobs[0])
     )  # where the sweep lies and how many jobs at once cannot differ between jobs
+    with contextlib.suppress(
+        RefusedError
+    ):  # a refused point is a row; anything else is wrong for the whole sweep
+        to_run_config(first)
     name = _sweep_name(first.run_name, jobs)
     root = Path(first.output_root) / "sweeps" / name
     if root.exists() and not first.overwrite:
