@@ -48,7 +48,7 @@ def main() -> int:
             return code
     print(f"\ndemo done in {time.monotonic() - began:.0f} s")
     print(f"report of the last run: {ROOT / 'outputs' / 'sft' / f'demo-qlora-{stamp}' / 'report.html'}")
-    print("next: python train.py -m adapter=none,lora,qlora data=skills")
+    print("next: python train.py -m experiment=skills adapter=none,lora,qlora")
     return 0
 
 
