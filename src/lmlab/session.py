@@ -129,10 +129,9 @@ class Session:
             pause=log.pause,
         )
         stop = GracefulStop(save=checkpoints.save)
-        prompts = sample_prompts(config, prepared)
         samples = SampleGrid(
             built.generator,
-            prompts=prompts,
+            prompts=sample_prompts(config, prepared),
             grid={name: config.samplers[name] for name in config.samples.grid},
             seed=config.samples.seed,
             every_n_steps=config.samples.every_n_steps,

@@ -91,16 +91,7 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
         )
     if (root / "results.csv").exists():
         shutil.rmtree(root)
-    varied = _varied(jobs)
-    queue = [
-        Job(
-            number,
-            list(overrides),
-            _label(overrides, varied),
-            root / f"{number}-{slug(_label(overrides, varied), max_length=60)}",
-        )
-        for number, overrides in enumerate(jobs)
-    ]
+    queue = _queue(jobs, root)
     at_once = max(1, int(first.launcher.jobs))
     console.print(
         f"{len(queue)} jobs, {at_once} at a time, in {os.path.relpath(root)}", highlight=False, soft_wrap=True
@@ -129,6 +120,16 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
     for job in failed:
         print(f"error: job {job.number} ({job.label}) {job.status}", file=sys.stderr)
     return code or (1 if failed else 0)
+
+
+def _queue(jobs: Sequence[list[str]], root: Path) -> list[Job]:
+    """The jobs in order, each labelled by what varies."""
+    varied = _varied(jobs)
+    labels = [_label(overrides, varied) for overrides in jobs]
+    return [
+        Job(number, list(overrides), label, root / f"{number}-{slug(label, max_length=60)}")
+        for number, (overrides, label) in enumerate(zip(jobs, labels, strict=True))
+    ]
 
 
 def _interrupt(number: int, frame: Any) -> None:
