@@ -156,8 +156,7 @@ class Session:
         self.figures.update(
             {"steps": result.steps, "best/val_loss": result.best_loss, "best/step": result.best_step}
         )
-        if module.skipped_steps:
-            self.figures["skipped_steps"] = module.skipped_steps
+        self.figures.update({"skipped_steps": module.skipped_steps} if module.skipped_steps else {})
         return 0 if result.signal is None else 128 + result.signal
 
     def _module(self, built: Any, prepared: PreparedData, meter: Any, max_steps: int) -> Any:
