@@ -191,6 +191,9 @@ class Session:
             return None, 0
         if self.config.resume == "auto":
             found = newest_checkpoint(self.run.checkpoints)
+            for damaged in sorted(self.run.checkpoints.glob("step-*")):
+                if found is None or damaged > found:
+                    self.say(f"passed over a damaged checkpoint: {os.path.relpath(damaged)}")
             self.say(
                 f"resuming from {os.path.relpath(found)}"
                 if found

@@ -396,3 +396,18 @@ def test_resuming_loses_no_number_and_writes_none_twice(train: Train) -> None:
 def test_optim_name_alone_chooses_the_optimizer(train: Train) -> None:
     run = train("by-name", "optim.name=sgd", "data=skills", "data.num_records=60", "metrics=none", *SMALL)
     assert "momentum" in run.config.read_text(encoding="utf-8")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ["data=skills", "data.num_records=60", "metrics=none", "samples.prompts=0", "checkpoint.keep=3"]
+    told += ["trainer.val_every_n_steps=100", "checkpoint.every_n_steps=2", "optim.schedule=constant"]
+    run = train("damaged", *told, "trainer.max_steps=4")
+    with (run.checkpoints / "step-00000004" / "state.pt").open("r+b") as stream:
+        stream.write(b"x")
+    capsys.readouterr()
+    train("damaged", *told, "trainer.max_steps=5", "resume=auto")
+    said = capsys.readouterr().out
+    assert "passed over a damaged checkpoint" in said
+    assert [row["step"] for row in lines(run.metrics) if "train/loss" in row] == [1, 2, 3, 4, 5]
