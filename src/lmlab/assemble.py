@@ -51,7 +51,7 @@ def build_for_training(
     config: RunConfig,
     hardware: Hardware,
     *,
-    stream: bool,
+    wants_flat: bool,
     meter: MemoryMeter,
     say: Callable[[str], None],
 ) -> BuiltModel:
@@ -81,7 +81,7 @@ def build_for_training(
     standard = str(model.config._attn_implementation)
     generation_config = getattr(model, "generation_config", None)
     model = config.adapter.apply(model, seed=config.seed)
-    flat = supports_flat(hf_config) and not stream  # a stream's rows have one width: nothing to pack
+    flat = wants_flat and supports_flat(hf_config)
     if flat:
         use_packed_attention(model)
     total, trainable = count_parameters(model)

@@ -64,6 +64,7 @@ class RunDir:
             "summary": "summary.json",
             "data_report": "data_report.json",
             "mask_preview": "mask_preview.txt",
+            "mask_preview_json": "mask_preview.json",
             "checkpoints": "checkpoints",
             "best": "best",
             "base": "base",

@@ -87,7 +87,7 @@ class Session:
         torch.manual_seed(config.seed + self.rank)
         meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
         built = build_for_training(
-            self.run, config, hardware, stream=prepared.meta["stream"], meter=meter, say=self.say
+            self.run, config, hardware, wants_flat=prepared.wants_flat, meter=meter, say=self.say
         )
         self.figures.update(built.figures)
         self._open_tracker()

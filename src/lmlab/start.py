@@ -16,10 +16,12 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lmlab.config.compose import dump_yaml, fingerprint, to_run_config
 from lmlab.config.schema import RunConfig
@@ -84,6 +86,11 @@ def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None
     tokenizer_folder, encoder, size = prepare_tokenizer(config)
     _check_model(config, size)
     prepared = prepare(config.data, encoder, task=config.task)
+    if prepared.packed:
+        key = "data.cross_document_attention" if prepared.meta["stream"] else "data.packing"
+        from lmlab.models.probe import require_flat
+
+        require_flat(config.model.hf_config(size), key)
     if config.resume is not None:
         check_unchanged(run, config, data_hash=prepared.folder.name, tokenizer_hash=encoder.key)
     return Plan(config, run, prepared, tokenizer_folder, encoder.key)
@@ -129,12 +136,11 @@ def _tokenizer_source(config: RunConfig) -> str:
 
 def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
     """Load or train the tokenizer into the cache; (its folder, the encoder for the data, its size)."""
-    from lmlab.tokenizers.load import adds_bos, encode_document, load_tokenizer, tokenizer_hash
+    from lmlab.tokenizers.load import load_tokenizer, tokenizer_hash
 
     if config.tokenizer.kind == "bpe":
         folder = _trained_bpe(config)
         tokenizer = load_tokenizer(folder)
-        key = tokenizer_hash(tokenizer)
     else:
         revision = getattr(config.model, "revision", None) if config.tokenizer.kind == "from_model" else None
         tokenizer = load_tokenizer(_tokenizer_source(config), revision=revision)
@@ -142,6 +148,17 @@ def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
         folder = cache_root() / "tokenizers" / key[:24]
         if not folder.exists():
             _save_tokenizer(tokenizer, folder)
+    return folder, text_encoder(tokenizer), len(tokenizer)
+
+
+def text_encoder(tokenizer: Any) -> TextEncoder:
+    """What data preparation needs of a tokenizer.
+
+    Raises:
+        UserError: it has no end-of-text token.
+    """
+    from lmlab.tokenizers.load import adds_bos, encode_document, tokenizer_hash
+
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end-of-text token",
@@ -157,14 +174,29 @@ def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
             )
         )
 
-    encoder = TextEncoder(
+    return TextEncoder(
         encode=lambda text: encode_document(tokenizer, text, add_bos=add_bos),
-        eos_token_id=int(tokenizer.eos_token_id),  # type: ignore[arg-type]  # one id, checked above
-        vocab_size=len(tokenizer),
-        key=key,
+        encode_long=lambda text: _in_pieces(tokenizer, text, add_bos=add_bos),
+        decode=lambda ids: str(tokenizer.decode(ids)),
+        eos_token_id=int(tokenizer.eos_token_id),
+        vocab_size=1 + max(tokenizer.get_vocab().values()),  # a vocabulary may have gaps
+        key=tokenizer_hash(tokenizer),
         render_chat=render_chat if tokenizer.chat_template else None,
     )
-    return folder, encoder, len(tokenizer)
+
+
+def _in_pieces(tokenizer: Any, text: str, *, add_bos: bool) -> Iterator[np.ndarray]:
+    """Ids of a text of any size, in pieces of about a million characters."""
+    from lmlab.tokenizers.fast import FastEncoder
+
+    pieces = FastEncoder(tokenizer).encode_stream(text[i : i + 2**20] for i in range(0, len(text), 2**20))
+    if not add_bos:
+        yield from pieces
+        return
+    first = next(pieces)
+    bos = tokenizer.bos_token_id
+    yield first if int(first[0]) == bos else np.concatenate([[bos], first])
+    yield from pieces
 
 
 def _trained_bpe(config: RunConfig) -> Path:
@@ -198,6 +230,7 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
     shutil.copytree(plan.tokenizer, run.tokenizer, dirs_exist_ok=True)
     write_json(run.data_report, plan.prepared.meta["report"])
     shutil.copyfile(plan.prepared.folder / "mask_preview.txt", run.mask_preview)
+    shutil.copyfile(plan.prepared.folder / "mask_preview.json", run.mask_preview_json)
     write_json(
         run.info,
         {

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from lmlab.config.compose import CONF
 from lmlab.data.prepare import TextEncoder
 from lmlab.data.sources import DataConfig
 from lmlab.registry import data_sources
-from lmlab.tokenizers import adds_bos, encode_document, load_tokenizer, tokenizer_hash, train_bpe
+from lmlab.start import text_encoder
+from lmlab.tokenizers import load_tokenizer, train_bpe
 
-FIELDS = ("instruction", "input", "output", "prompt", "completion", "messages", "text")
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = [
     *"abcdefgh ABC   \n\n\t0123456789.,:;#'\"é\u0301ßж中日本\u200d\r",
@@ -49,36 +51,16 @@ def bpe() -> Any:
     )
 
 
-def encoder_of(tokenizer: Any) -> TextEncoder:
-    """The encoder that start.py builds, for ``tokenizer``."""
-    add_bos = adds_bos(tokenizer)
-
-    def render(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-
-    return TextEncoder(
-        encode=lambda text: encode_document(tokenizer, text, add_bos=add_bos),
-        eos_token_id=tokenizer.eos_token_id,
-        vocab_size=len(tokenizer),
-        key=tokenizer_hash(tokenizer),
-        render_chat=render if tokenizer.chat_template else None,
-    )
-
-
 @pytest.fixture(scope="session")
 def encoder(bpe: Any) -> TextEncoder:
     """The small BPE as data preparation takes it."""
-    return encoder_of(bpe)
+    return text_encoder(bpe)
 
 
 @pytest.fixture(scope="session")
 def make_encoder() -> Callable[[Any], TextEncoder]:
-    """`encoder_of`, for tests with a tokenizer of their own."""
-    return encoder_of
+    """`text_encoder`, for tests with a tokenizer of their own."""
+    return text_encoder
 
 
 @pytest.fixture(scope="session")
@@ -92,16 +74,8 @@ def make_config() -> Callable[..., DataConfig]:
     """``(kind, **keys)`` -> the config with conf/train.yaml's values."""
 
     def make(kind: str, *, columns: dict[str, str] | None = None, **keys: Any) -> DataConfig:
-        common = {
-            "format": "auto",
-            "template": "alpaca",
-            "columns": {name: name for name in FIELDS} | (columns or {}),
-            "max_length": 512,
-            "packing": False,
-            "val_fraction": 0.05,
-            "too_long": "truncate_prompt",
-            "on_bad_record": "error",
-        }
+        common = yaml.safe_load((CONF / "train.yaml").read_text(encoding="utf-8"))["data"]
+        common["columns"] |= columns or {}
         config = data_sources.class_of(kind)(**({"kind": kind} | common | keys))
         assert isinstance(config, DataConfig)
         return config

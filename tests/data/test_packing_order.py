@@ -11,21 +11,27 @@ import numpy as np
 import pytest
 import torch
 
-from lmlab.data.encoding import EncodedDocument
-from lmlab.data.order import BLANK, EndlessOrder, ShareOfRows, StepBatches
-from lmlab.data.packing import DocumentRows, StreamRows, best_fit, collate_flat, collate_padded, shifted
-from lmlab.data.shards import Shard, write_split
-from lmlab.records import IGNORE_INDEX, Document, Example, Segment
+from lmlab.data.order import BLANK, EndlessOrder, MixedOrder, ShareOfRows, StepBatches
+from lmlab.data.packing import (
+    DocumentRows,
+    MixedRows,
+    StreamRows,
+    best_fit,
+    collate_flat,
+    collate_padded,
+    shifted,
+)
+from lmlab.data.shards import Shards, ShardWriter, write_index
+from lmlab.records import IGNORE_INDEX, Example, UserError
 
 
-def shard(folder: Path, *documents: tuple[list[int], list[int]], vocab_size: int = 100) -> Shard:
+def shard(folder: Path, *documents: tuple[list[int], list[int]], vocab_size: int = 100) -> Shards:
     """A split of (ids, trained flags) documents."""
-    encoded = [
-        EncodedDocument(np.asarray(ids), np.asarray(flags, dtype=bool), [], Document((Segment("", True),)))
-        for ids, flags in documents
-    ]
-    write_split(folder, encoded, vocab_size=vocab_size)
-    return Shard(folder)
+    writer = ShardWriter(folder, vocab_size=vocab_size, flags=True)
+    for ids, flags in documents:
+        writer.add(np.asarray(ids), np.asarray(flags, dtype=bool))
+    write_index(folder, [writer.close()])
+    return Shards(folder)
 
 
 THREE = [([10, 11, 12, 13], [0, 0, 1, 1]), ([20, 21], [0, 1]), ([30, 31, 32], [0, 1, 0])]
@@ -33,7 +39,7 @@ _ = IGNORE_INDEX
 
 
 def test_labels_are_shifted_once() -> None:
-    ids, labels = shifted(np.asarray([5, 6, 7, 8], dtype=np.uint16), np.asarray([True, False, True, True]))
+    ids, labels = shifted(np.asarray([5, 6, 7, 8]), np.asarray([True, False, True, True]))
     assert ids.tolist() == [5, 6, 7]
     assert labels.tolist() == [_, 7, 8]
     assert ids.dtype == labels.dtype == torch.int64
@@ -126,16 +132,133 @@ def test_stream_keeps_untrained_tokens_untrained(tmp_path: Path) -> None:
     assert [rows[i].labels.tolist() for i in range(2)] == [[7, _], [9]]
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "largest", "dtype"),
-    [(65536, 65535, "uint16"), (65537, 9, "uint32"), (50, 70_000, "uint32")],
-)
-def test_ids_survive_the_disk(tmp_path: Path, vocab_size: int, largest: int, dtype: str) -> None:
-    # A vocabulary with gaps has ids beyond its size; they must not wrap around.
-    written = shard(tmp_path / "s", ([1, largest], [0, 1]), vocab_size=vocab_size)
-    assert written.tokens.dtype == dtype
-    assert written.tokens.tolist() == [1, largest]
+@pytest.mark.parametrize(("vocab_size", "itemsize"), [(65536, 2), (65537, 4)])
+def test_ids_survive_the_disk(tmp_path: Path, vocab_size: int, itemsize: int) -> None:
+    written = shard(tmp_path / "s", ([1, vocab_size - 1], [0, 1]), vocab_size=vocab_size)
+    ids, flags = written.read(0, 2)
+    assert (ids.tolist(), flags.tolist()) == ([1, vocab_size - 1], [False, True])
+    assert (tmp_path / "s" / "00000.tokens").stat().st_size == 2 * itemsize
     assert written.lengths().tolist() == [2]
+
+
+def test_an_id_beyond_the_type_is_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "s", vocab_size=100, flags=False)
+    with pytest.raises(ValueError, match="token id 65536 does not fit into uint16"):
+        writer.add(np.asarray([65536]))
+    writer.discard()
+    assert list((tmp_path / "s").iterdir()) == []
+
+
+def test_a_split_of_several_shards_reads_as_one(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    for case in range(20):
+        documents = [
+            [draw.randint(0, 99) for _ in range(draw.randint(1, 9))] for _ in range(draw.randint(1, 12))
+        ]
+        flags = [[draw.random() < 0.5 for _ in ids] for ids in documents]
+        folder, entries, made = tmp_path / str(case), [], 0
+        while made < len(documents):
+            writer = ShardWriter(folder, f"{len(entries):05d}", vocab_size=100, flags=True)
+            upto = made + draw.randint(0, 4)  # a shard may be empty
+            for ids, trained in zip(documents[made:upto], flags[made:upto], strict=True):
+                writer.append(np.asarray(ids[:3]), np.asarray(trained[:3], dtype=bool))
+                writer.append(np.asarray(ids[3:], dtype=int), np.asarray(trained[3:], dtype=bool))
+                writer.end_document()
+            entries.append(writer.close())
+            made = min(len(documents), upto)
+        write_index(folder, entries)
+        split, joined = Shards(folder), list(itertools.chain(*documents))
+        starts = np.cumsum([0, *map(len, documents)]).tolist()
+        assert (split.num_tokens, split.num_documents) == (len(joined), len(documents))
+        assert split.lengths().tolist() == [len(ids) for ids in documents]
+        assert [split.span(i) for i in range(len(documents))] == list(itertools.pairwise(starts))
+        for _ in range(30):
+            low = draw.randint(0, len(joined))
+            high = draw.randint(low, len(joined))
+            ids, trained = split.read(low, high)
+            assert ids.tolist() == joined[low:high]
+            assert trained.tolist() == list(itertools.chain(*flags))[low:high]
+            assert split.starts(low, high) == [place for place in starts[:-1] if low <= place < high]
+
+
+def test_a_shard_of_another_size_than_its_index_says_is_refused(tmp_path: Path) -> None:
+    folder = shard(tmp_path / "s", *THREE).folder
+    with (folder / "00000.tokens").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"00000.tokens is missing or not 18 bytes, as its index says"):
+        Shards(folder)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 50])
+def test_documents_of_a_stream_may_be_kept_apart(tmp_path: Path, width: int) -> None:
+    # 9 is EOS: one before the first document, one at the end of each.
+    texts = [[1, 2, 9], [3, 9], [4, 5, 6, 7, 9], [8, 9]]
+    split = shard(tmp_path / "s", ([9], [0]), *((ids, [1] * len(ids)) for ids in texts))
+    rows = StreamRows(split, max_length=width, apart=True)
+    plain = StreamRows(split, max_length=width)
+    segments: list[list[int]] = []
+    for index in range(len(rows)):
+        row = rows[index]
+        assert row.input_ids.equal(plain[index].input_ids)
+        assert row.labels.equal(plain[index].labels)  # every token is still predicted exactly once
+        assert sum(row.lengths) == len(row.input_ids)
+        place = 0
+        for number, length in enumerate(row.lengths):
+            piece = row.input_ids[place : place + length].tolist()
+            if number == 0 and segments and piece[0] != 9:
+                segments[-1] += piece  # a document cut by the window's end goes on
+            else:
+                segments.append(piece)
+            place += length
+    # Each document's segment begins at the EOS before it and ends before its own.
+    assert segments == [[9, 1, 2], [9, 3], [9, 4, 5, 6, 7], [9, 8]]
+
+
+def test_a_mix_draws_by_weight_and_repeats_no_row_too_early(tmp_path: Path) -> None:
+    sizes, weights = [7, 300, 40], [0.5, 0.2, 0.3]
+    order = MixedOrder(sizes, weights, seed=3)
+    drawn = [order[i] for i in range(30_000)]
+    part_of = [0] * 7 + [1] * 300 + [2] * 40
+    for count in (100, 1000, 10_000, 30_000):
+        shares = Counter(part_of[row] for row in drawn[:count])
+        assert all(
+            abs(shares[p] - w * count) <= 3 for p, w in enumerate(weights)
+        )  # at any point, not only at the end
+    for part, size in enumerate(sizes):
+        own = [row for row in drawn if part_of[row] == part]
+        epochs = [own[i : i + size] for i in range(0, len(own) - size + 1, size)]
+        assert all(len(set(epoch)) == size for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs[:20]}) > 1
+    places = random.Random(0).sample(range(30_000), 200)
+    again = MixedOrder(sizes, weights, seed=3)
+    assert [again[i] for i in places] == [drawn[i] for i in places]
+    assert [MixedOrder(sizes, weights, seed=4)[i] for i in range(50)] != drawn[:50]
+    assert {part_of[MixedOrder([7, 300, 40], [0.999999, 5e-7, 5e-7], seed=0)[i]] for i in range(10_000)} == {
+        0,
+        1,
+        2,
+    }
+
+
+def test_rows_of_a_mix_are_those_of_its_sources(tmp_path: Path) -> None:
+    one, two = shard(tmp_path / "a", *THREE), shard(tmp_path / "b", *THREE[:2])
+    parts = [DocumentRows(split, max_length=6, packing=False) for split in (one, two)]
+    rows = MixedRows(parts)
+    assert [rows[i].input_ids.tolist() for i in range(5)] == [
+        [10, 11, 12],
+        [20],
+        [30, 31],
+        [10, 11, 12],
+        [20],
+    ]
+    assert rows[BLANK].lengths == (1,)
+    with pytest.raises(IndexError):
+        rows[5]
+
+
+def test_packed_rows_are_never_laid_out_as_if_they_were_one_document() -> None:
+    with pytest.raises(ValueError, match="packed rows need the flat layout"):
+        collate_padded([example([1, 2, 3], [_, 3, 9], 2, 1)])
 
 
 def test_the_order_is_a_permutation_per_epoch_fixed_by_seed_and_index() -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from lmlab.data.files import Intake
-from lmlab.data.prepare import TextEncoder, prepare, split_records, training_texts
+from lmlab.data.prepare import TextEncoder, prepare, training_texts
+from lmlab.data.shards import Shards
+from lmlab.data.split import plan_split
 from lmlab.records import Record, UserError
 
 Make = Callable[..., Any]
@@ -21,6 +23,22 @@ TRIPLE = {"instruction": "Say 0.", "input": "0", "output": "It is 0."}
 
 def records(*texts: str, group: Callable[[int], str] | None = None) -> list[Record]:
     return [Record({"text": t, "n": 0}, f"x:{i}", group(i) if group else None) for i, t in enumerate(texts)]
+
+
+def split_records(
+    made: list[Record], val_fraction: float, test_fraction: float = 0.0, *, text_column: str | None = None
+) -> tuple[list[Record], list[Record]]:
+    """(train, validation) of records in memory."""
+    plan = plan_split(made, val_fraction, test_fraction, text_column=text_column)
+    sides: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
+    for side, record in plan.sides(made):
+        sides[side].append(record)
+    return sides["train"], sides["val"]
+
+
+def decoded(bpe: Any, folder: Path, **options: Any) -> str:
+    shards = Shards(folder)
+    return str(bpe.decode(shards.read(0, shards.num_tokens)[0], **options))
 
 
 def test_adding_records_moves_no_old_one() -> None:
@@ -69,7 +87,7 @@ def test_records_all_alike_cannot_be_split(
     with pytest.raises(UserError) as caught:
         prepare(make_config("jsonl", path=str(file)), encoder, task="sft")
     assert str(caught.value) == expected
-    assert not list(own_cache.rglob("*.npy"))
+    assert not list(own_cache.rglob("*.tokens"))
 
 
 def test_nothing_left_says_where_it_went(
@@ -107,7 +125,7 @@ def test_one_text_gives_its_last_part(
             "jsonl", path=str(file), val_fraction=0.2, format="text", columns={"text": "body"}
         )
     made = prepare(config, encoder, task="pretrain")
-    train, val = (bpe.decode(made.rows(split).shard.tokens) for split in ("train", "val"))
+    train, val = (decoded(bpe, made.folder / split) for split in ("train", "val"))
     eos = "<|endoftext|>"
     assert train.removeprefix(eos).removesuffix(eos) + val.removeprefix(eos).removesuffix(eos) == text
     assert len(val) - 2 * len(eos) == round(0.2 * len(text))
@@ -121,7 +139,7 @@ def test_white_space_at_a_texts_end_is_no_validation_set(
     file = tmp_path / "short.txt"
     file.write_text("A short text." + "\n" * 9)
     made = prepare(make_config("text", path=str(file)), encoder, task="pretrain")
-    assert bpe.decode(made.rows("val").shard.tokens, skip_special_tokens=True) == "." + "\n" * 9
+    assert decoded(bpe, made.folder / "val", skip_special_tokens=True) == "." + "\n" * 9
     file.write_text("A\n")
     with pytest.raises(UserError, match="a text of 2 characters is too short to hold out its last part"):
         prepare(make_config("text", path=str(file)), encoder, task="pretrain")
@@ -134,3 +152,22 @@ def test_whole_books_are_held_out(real_data: Path, make_config: Make) -> None:
     train, val = split_records(books, 0.05, text_column="text")
     assert (len(train), len(val)) == (2, 1)
     assert split_records(books[::-1], 0.05, text_column="text") == (train[::-1], val)
+
+
+def test_a_test_set_takes_nothing_from_validation() -> None:
+    made = records(*(f"text {i}" for i in range(400)))
+    plan, without = plan_split(made, 0.1, 0.2), plan_split(made, 0.1)
+    sides = {side: [r for s, r in plan.sides(made) if s == side] for side in ("train", "val", "test")}
+    assert 40 <= len(sides["test"]) <= 120
+    assert sides["val"] == [r for s, r in without.sides(made) if s == "val"]
+    assert sorted(r.where for side in sides.values() for r in side) == sorted(r.where for r in made)
+    wider = plan_split(made, 0.3, 0.2)
+    assert [r for s, r in wider.sides(made) if s == "test"] == sides["test"]
+
+
+def test_one_text_gives_validation_and_test_from_its_end() -> None:
+    text = "".join(f"{i} " for i in range(1000))
+    plan = plan_split([Record({"text": text}, "book")], 0.1, 0.05, text_column="text")
+    parts = {side: r.fields["text"] for side, r in plan.sides([Record({"text": text}, "book")])}
+    assert parts["train"] + parts["val"] + parts["test"] == text
+    assert (len(parts["val"]), len(parts["test"])) == (round(0.1 * len(text)), round(0.05 * len(text)))

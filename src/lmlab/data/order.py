@@ -8,7 +8,7 @@ state of the order is the number of steps done.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -16,19 +16,71 @@ from torch.utils.data import Sampler
 
 
 class EndlessOrder:
-    """Row index of every position of the endless stream over ``num_rows`` rows."""
+    """Row index of every position of the endless stream over ``num_rows`` rows.
 
-    def __init__(self, num_rows: int, *, seed: int) -> None:
-        self.num_rows, self.seed = num_rows, seed
+    Args:
+        num_rows: rows of an epoch.
+        seed: below 2**32.
+        part: which source of a mix this is, so that each has permutations of its own.
+    """
+
+    def __init__(self, num_rows: int, *, seed: int, part: int = 0) -> None:
+        self.num_rows, self.key = num_rows, seed + (part << 32)
         self._permutation = lru_cache(maxsize=2)(self._shuffled)
 
     def _shuffled(self, epoch: int) -> np.ndarray:
         # Philox is counter-based: its stream is fixed by (seed, epoch) alone, on every platform.
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_rows)
+        return np.random.Generator(np.random.Philox(key=[self.key, epoch])).permutation(self.num_rows)
 
     def __getitem__(self, index: int) -> int:
         epoch, place = divmod(index, self.num_rows)
         return int(self._permutation(epoch)[place])
+
+
+class MixedOrder:
+    """Rows of several sources drawn by weight, over the rows of `packing.MixedRows`.
+
+    The stream is cut into blocks of `BLOCK` places; in each, every source has the same number of places (its weight's
+    share, one at least), spread evenly with some jitter, so that any stretch holds nearly the right shares. The
+    n-th place of a source takes the n-th row of its own endless order: no source ever repeats a row before it
+    has given all of them.
+
+    Args:
+        num_rows: rows of each source.
+        weights: share of the rows drawn from each, summing to 1.
+        seed: below 2**32.
+    """
+
+    BLOCK = 10_000
+
+    def __init__(self, num_rows: Sequence[int], weights: Sequence[float], *, seed: int) -> None:
+        self.seed, self.starts = seed, np.cumsum([0, *num_rows])[:-1]
+        self.orders = [EndlessOrder(n, seed=seed, part=part) for part, n in enumerate(num_rows)]
+        exact = np.asarray(weights) * self.BLOCK
+        self.counts = np.maximum(1, np.floor(exact)).astype(np.int64)
+        for part in np.argsort(np.floor(exact) - exact, kind="stable")[
+            : max(0, self.BLOCK - self.counts.sum())
+        ]:
+            self.counts[part] += 1
+        self.size = int(self.counts.sum())
+        self._plan = lru_cache(maxsize=2)(self._planned)
+
+    def _planned(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each place of the block: the source, and the how-manieth of that source in the block."""
+        random = np.random.Generator(np.random.Philox(key=[self.seed + (1 << 63), block]))
+        times = np.concatenate([(np.arange(n) + random.random(n)) / n for n in self.counts])
+        places = np.argsort(times, kind="stable")
+        parts = np.repeat(np.arange(len(self.counts)), self.counts)
+        ordinals = np.concatenate([np.arange(n) for n in self.counts])
+        return parts[places], ordinals[places]
+
+    def __getitem__(self, index: int) -> int:
+        block, place = divmod(index, self.size)
+        parts, ordinals = self._plan(block)
+        part = int(parts[place])
+        return (
+            int(self.starts[part]) + self.orders[part][block * int(self.counts[part]) + int(ordinals[place])]
+        )
 
 
 class StepBatches(Sampler[list[int]]):
@@ -44,7 +96,7 @@ class StepBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        order: EndlessOrder,
+        order: EndlessOrder | MixedOrder,
         *,
         batch_size: int,
         accumulate: int,

@@ -8,7 +8,7 @@ token but the stream's first is predicted exactly once.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lmlab.data.order import BLANK
-from lmlab.data.shards import Shard
+from lmlab.data.shards import Shards
 from lmlab.records import IGNORE_INDEX, Example, PackedBatch
 
 
@@ -24,16 +24,16 @@ class DocumentRows(Dataset[Example]):
     """Rows of whole documents; index `BLANK` is a row without content.
 
     Args:
-        shard: the split.
+        shards: the split.
         max_length: capacity of a packed row in tokens.
         packing: several documents a row; else one.
     """
 
-    def __init__(self, shard: Shard, *, max_length: int, packing: bool) -> None:
-        self.shard = shard
-        lengths = shard.lengths()
-        self.rows: list[list[int]] = (
-            best_fit(lengths.tolist(), max_length) if packing else [[i] for i in range(len(lengths))]
+    def __init__(self, shards: Shards, *, max_length: int, packing: bool) -> None:
+        self.shards = shards
+        lengths = shards.lengths()
+        self.rows: Sequence[Sequence[int]] = (
+            best_fit(lengths.tolist(), max_length) if packing else [(i,) for i in range(len(lengths))]
         )
 
     def __len__(self) -> int:
@@ -42,26 +42,29 @@ class DocumentRows(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         if index == BLANK:
             return blank_row()
-        pieces = [self._document(i) for i in self.rows[index]]
+        pieces = [shifted(*self.shards.read(*self.shards.span(i))) for i in self.rows[index]]
         return Example(
             torch.cat([ids for ids, _ in pieces]),
             torch.cat([labels for _, labels in pieces]),
             tuple(len(ids) for ids, _ in pieces),
         )
 
-    def _document(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        start, end = int(self.shard.offsets[index]), int(self.shard.offsets[index + 1])
-        return shifted(self.shard.tokens[start:end], self.shard.trained[start:end])
-
 
 class StreamRows(Dataset[Example]):
-    """Windows of ``max_length`` tokens over the whole split; the last one may be shorter; index `BLANK` is empty."""
+    """Windows of ``max_length`` tokens over the whole split; the last one may be shorter; index `BLANK` is empty.
 
-    def __init__(self, shard: Shard, *, max_length: int) -> None:
-        self.shard, self.max_length = shard, max_length
+    Args:
+        shards: the split; its documents end with EOS, and a single EOS stands before the first.
+        max_length: width of a window in tokens.
+        apart: a document does not see the ones before it. It begins at the EOS before its first token, which
+            then predicts that token from nothing, so that still every token is predicted exactly once.
+    """
+
+    def __init__(self, shards: Shards, *, max_length: int, apart: bool = False) -> None:
+        self.shards, self.max_length, self.apart = shards, max_length, apart
 
     def __len__(self) -> int:
-        return -(-(len(self.shard.tokens) - 1) // self.max_length)
+        return -(-(self.shards.num_tokens - 1) // self.max_length)
 
     def __getitem__(self, index: int) -> Example:
         if index == BLANK:
@@ -69,9 +72,33 @@ class StreamRows(Dataset[Example]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self.max_length
-        end = min(start + self.max_length + 1, len(self.shard.tokens))
-        ids, labels = shifted(self.shard.tokens[start:end], self.shard.trained[start:end])
-        return Example(ids, labels, (len(ids),))
+        end = min(start + self.max_length + 1, self.shards.num_tokens)
+        ids, labels = shifted(*self.shards.read(start, end))
+        if not self.apart:
+            return Example(ids, labels, (len(ids),))
+        # Tokens 0..n of the split, documents at 1 and 5: segments begin at 0 and 4, the EOS before each.
+        cuts = [place - 1 - start for place in self.shards.starts(start + 2, end)]
+        edges = [0, *cuts, len(ids)]
+        return Example(ids, labels, tuple(b - a for a, b in zip(edges, edges[1:], strict=False) if b > a))
+
+
+class MixedRows(Dataset[Example]):
+    """The rows of several sources, one source after another; which are drawn how often is the order's business."""
+
+    def __init__(self, parts: Sequence[DocumentRows | StreamRows]) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        if index == BLANK:
+            return blank_row()
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part][index - self.starts[part]]
 
 
 def blank_row() -> Example:
@@ -84,9 +111,8 @@ def shifted(tokens: np.ndarray, trained: np.ndarray) -> tuple[torch.Tensor, torc
 
     Tokens ``a b c`` with ``b`` and ``c`` trained give input ``a b`` and labels ``b c``. int64 ``[length - 1]`` each.
     """
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    keep = torch.from_numpy(trained[1:].copy())  # a memory map is read-only, which torch does not know
-    return ids[:-1], torch.where(keep, ids[1:], IGNORE_INDEX)
+    ids = torch.from_numpy(tokens)
+    return ids[:-1], torch.where(torch.from_numpy(trained[1:]), ids[1:], IGNORE_INDEX)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -123,7 +149,13 @@ def collate_flat(examples: Sequence[Example]) -> PackedBatch:
 
 
 def collate_padded(examples: Sequence[Example]) -> PackedBatch:
-    """Rows of equal width, padded at the right with id 0 and ignored labels; one document a row."""
+    """Rows of equal width, padded at the right with id 0 and ignored labels; one document a row.
+
+    Raises:
+        ValueError: a row of several documents: they would see one another.
+    """
+    if any(len(example.lengths) > 1 for example in examples):
+        raise ValueError("packed rows need the flat layout")
     width = max(len(example.input_ids) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.int64)
     labels = torch.full((len(examples), width), IGNORE_INDEX)

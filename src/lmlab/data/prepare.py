@@ -1,8 +1,9 @@
 """Read, split, format and encode a data set once, into a cache folder keyed by content.
 
-What comes out is complete: ranks and reruns only map it. The folder holds the two splits (shards.py), ``meta.json``
-(counts, prompts, the template in force) and ``mask_preview.txt``. It appears by one rename, so a kill while
-preparing leaves nothing half-made under its name.
+What comes out is complete: ranks and reruns only map it. The folder holds a folder per side (shards.py), ``meta.json``
+(counts, prompts, the templates in force), ``mask_preview.json`` and ``mask_preview.txt``. It appears by one rename, so a
+kill while preparing leaves nothing half-made under its name. Records stream through: memory does not grow with them.
+A mix of sources is prepared source by source; a directory of tokenize_corpus.py is used where it lies.
 """
 
 from __future__ import annotations
@@ -11,36 +12,53 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmlab.data import preview
-from lmlab.data.encoding import Encode, EncodedDocument, LengthPolicy, fit_document
+from lmlab.data.encoding import Encode, EncodedDocument, LengthPolicy, encode_document, fit_document
 from lmlab.data.files import Intake
 from lmlab.data.formats import FIELDS, BadRecordError, FormatOptions, formats, template_source
-from lmlab.data.packing import DocumentRows, StreamRows
-from lmlab.data.shards import Shard, write_split
+from lmlab.data.order import EndlessOrder, MixedOrder
+from lmlab.data.packing import DocumentRows, MixedRows, StreamRows
+from lmlab.data.shards import Shards, ShardWriter, write_index
 from lmlab.data.sources import DataConfig, cache_root
+from lmlab.data.split import SIDES, SplitPlan, plan_split
+from lmlab.data.tally import Tally, length_figures
 from lmlab.records import Document, Record, Segment, UserError
 
-ENCODING_VERSION = {"pretrain": 1, "sft": 2}
+ENCODING_VERSION = {"pretrain": 2, "sft": 3}
 """Of each task; raise it whenever the same data and tokenizer would give other files."""
-MAX_VAL_PROMPTS = 512
+LONG_TEXT = 200_000
+"""Characters from which a plain text is encoded in pieces: one call's offsets would take a hundred times its size."""
+Rows = DocumentRows | StreamRows | MixedRows
+RenderChat = Callable[[list[dict[str, Any]], bool], str]
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """The tokenizer as data preparation needs it (built in start.py; data never imports the tokenizers package)."""
+    """The tokenizer as data preparation needs it (built in start.py; data never imports the tokenizers package).
+
+    Attributes:
+        encode: one document, with offsets.
+        encode_long: ids of a text of any size in pieces, the same as in one call, with BOS if the tokenizer adds it.
+        decode: ids to text.
+        vocab_size: one more than the largest id.
+        key: hash of all that decides ids.
+        render_chat: the chat template's rendering, or None without a template.
+    """
 
     encode: Encode
+    encode_long: Callable[[str], Iterator[np.ndarray]]
+    decode: Callable[[list[int]], str]
     eos_token_id: int
     vocab_size: int
     key: str
-    render_chat: Callable[[list[dict[str, Any]], bool], str] | None = None
+    render_chat: RenderChat | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +67,8 @@ class PreparedData:
 
     Attributes:
         folder: where it lies.
-        meta: ``report`` (counts), ``stream`` (whether rows are windows of a stream), ``format``, ``template``,
-            ``val_prompts`` (prompt, response and place of up to 512 validation documents).
+        meta: ``report`` (counts), ``parts`` (folder, name and weight of each source), ``stream`` (whether rows are
+            windows of a stream), ``format``, ``template``, ``val_prompts`` (prompt and response of validation documents).
     """
 
     folder: Path
@@ -61,103 +79,38 @@ class PreparedData:
         """Map a folder written by `prepare`."""
         return cls(folder, json.loads((folder / "meta.json").read_text(encoding="utf-8")))
 
-    def rows(self, split: str) -> DocumentRows | StreamRows:
-        """Training examples of ``train`` or ``val``; validation is never packed, so that it does not depend on packing."""
-        shard = Shard(self.folder / split)
-        length = self.meta["max_length"]
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """What a person is shown of it (preview.py)."""
+        return json.loads((self.folder / "mask_preview.json").read_text(encoding="utf-8"))
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds documents that must not see one another, which takes the flat layout."""
+        return self.meta["apart"] if self.meta["stream"] else self.meta["packing"]
+
+    @property
+    def wants_flat(self) -> bool:
+        """Whether the flat layout is of use: rows of unequal lengths, or documents apart. Windows have one width."""
+        return self.meta["apart"] or not self.meta["stream"]
+
+    def rows(self, split: str) -> Rows:
+        """Examples of ``train``, ``val`` or ``test``; only training rows are packed, so that no figure depends on packing."""
+        parts = [self._rows(self.folder / part["folder"] / split, split) for part in self.meta["parts"]]
+        return parts[0] if len(parts) == 1 else MixedRows(parts)
+
+    def _rows(self, folder: Path, split: str) -> DocumentRows | StreamRows:
+        shards, length = Shards(folder), self.meta["max_length"]
         if self.meta["stream"]:
-            return StreamRows(shard, max_length=length)
-        return DocumentRows(shard, max_length=length, packing=self.meta["packing"] and split == "train")
+            return StreamRows(shards, max_length=length, apart=self.meta["apart"])
+        return DocumentRows(shards, max_length=length, packing=self.meta["packing"] and split == "train")
 
-
-def split_records(
-    records: list[Record], val_fraction: float, *, text_column: str | None = None
-) -> tuple[list[Record], list[Record]]:
-    """Train and validation by a hash of each record's group or content: adding records moves no old one.
-
-    At least one group is held out, and one is left where there are two or more. A single record whose
-    ``text_column`` is a text is cut instead: its last ``val_fraction`` is held out.
-    """
-    if len(records) == 1 and isinstance(records[0].fields.get(text_column or ""), str):
-        return _cut_text(records[0], str(text_column), val_fraction)
-    draws = [_draw(record) for record in records]
-    threshold = max(val_fraction, min(draws, default=0.0))
-    if all(
-        draw <= threshold for draw in draws
-    ):  # a handful of records that all fell below: keep the smallest only
-        threshold = min(draws, default=0.0)
-    train = [r for r, draw in zip(records, draws, strict=True) if draw > threshold]
-    return train, [r for r, draw in zip(records, draws, strict=True) if draw <= threshold]
-
-
-def _draw(record: Record) -> float:
-    key = record.group if record.group is not None else json.dumps(record.fields, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
-
-
-def _cut_text(record: Record, column: str, val_fraction: float) -> tuple[list[Record], list[Record]]:
-    text = record.fields[column]
-    cut = len(text) - max(1, round(len(text) * val_fraction))
-    cut = max(0, min(cut, len(text.rstrip()) - 1))  # white space at the end alone is nothing to validate on
-    if not text[:cut].strip():
-        raise UserError(
-            f"a text of {len(text)} characters is too short to hold out its last part",
-            where=record.where,
-            fix="give more text",
-        )
-    parts = [replace(record, fields={**record.fields, column: part}) for part in (text[:cut], text[cut:])]
-    return parts[:1], parts[1:]
-
-
-def _read_split(
-    config: DataConfig, intake: Intake, *, task: str, format_name: str
-) -> tuple[list[Record], list[Record]]:
-    records = list(config.records(intake, task=task))
-    _check_columns(config, format_name, records)
-    text_column = config.columns.get("text", "text") if format_name == "text" else None
-    return split_records(records, config.val_fraction, text_column=text_column)
-
-
-def _check_columns(config: DataConfig, format_name: str, records: list[Record]) -> None:
-    """Refuse a column that no record has: a mistyped ``input`` would otherwise be empty everywhere, without a word."""
-    found = {column for record in records for column in record.fields}
-    for field in FIELDS.get(format_name, ()):
-        column = config.columns.get(field, field)
-        absent = column not in found and not (column == "messages" and "conversations" in found)
-        if records and absent and (column, field) != ("input", "input"):
-            raise UserError(
-                f"no record has a field '{column}', as data.format={format_name} needs it",
-                where=f"data.columns.{field}",
-                fix=f"name one of {', '.join(sorted(found)[:12]) or 'no fields at all'}, or choose another data.format",
-            )
-
-
-def training_texts(config: DataConfig, *, task: str) -> Iterator[str]:
-    """The texts of the training split, for training a tokenizer that never sees the validation split."""
-    intake = Intake(config.on_bad_record)
-    format_name = config.format_for(task)
-    options = _options(config, task=task, render_chat=_plain_chat)
-    format = formats.get(format_name)
-    train, _ = _read_split(config, intake, task=task, format_name=format_name)
-    for record in train:
-        try:
-            yield "".join(segment.text for segment in format(record, options).segments)
-        except BadRecordError as error:
-            intake.bad(error.reason, where=record.where, detail=error.detail)
-
-
-def _plain_chat(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-    # The tokenizer in the making has no chat template yet; its marks will be special tokens, which are not learned.
-    turns = "".join(f"{message['role']}\n{message['content']}\n" for message in messages)
-    return turns + ("assistant\n" if add_generation_prompt else "")
-
-
-def _options(
-    config: DataConfig, *, task: str, render_chat: Callable[[list[dict[str, Any]], bool], str] | None
-) -> FormatOptions:
-    return FormatOptions(
-        template_source(config.template), config.columns, render_chat, train_all=task == "pretrain"
-    )
+    def order(self, rows: Rows, *, seed: int) -> EndlessOrder | MixedOrder:
+        """The endless order over training rows: shuffled epochs, or sources drawn by their weights."""
+        if not isinstance(rows, MixedRows):
+            return EndlessOrder(len(rows), seed=seed)
+        weights = [part["weight"] for part in self.meta["parts"]]
+        return MixedOrder([len(part) for part in rows.parts], weights, seed=seed)
 
 
 def data_key(config: DataConfig, encoder: TextEncoder, *, task: str) -> str:
@@ -177,7 +130,7 @@ def prepare(config: DataConfig, encoder: TextEncoder, *, task: str) -> PreparedD
     """The prepared data set, from the cache or made now.
 
     Raises:
-        UserError: no usable record, a bad one (``on_bad_record=error``), or an empty split.
+        UserError: no usable record, a bad one (``on_bad_record=error``), an empty side, or shards of another tokenizer.
     """
     key = data_key(config, encoder, task=task)
     folder = cache_root() / "prepared" / key
@@ -200,129 +153,314 @@ def prepare(config: DataConfig, encoder: TextEncoder, *, task: str) -> PreparedD
 
 
 def _write(folder: Path, config: DataConfig, encoder: TextEncoder, *, task: str) -> None:
-    intake = Intake(config.on_bad_record)
-    format_name = config.format_for(task)
-    options = _options(config, task=task, render_chat=encoder.render_chat)
-    stream = task == "pretrain" or format_name == "text"
-    policy = LengthPolicy(None if stream else config.max_length, config.too_long)
-    sides: dict[str, list[EncodedDocument]] = {}
-    split = _read_split(config, intake, task=task, format_name=format_name)
-    for name, side in zip(("train", "val"), split, strict=True):
-        sides[name] = list(_encoded(side, intake, format_name, options, encoder, policy))
-    _check_sides(config, intake, sides)
-    for split, documents in sides.items():
-        start = _stream_start(encoder) if stream else []
-        write_split(folder / split, [*start, *documents], vocab_size=encoder.vocab_size)
-    report = _report(intake, sides)
-    examples = preview.mask_preview(sides["train"][:5])
-    meta = {
-        "report": report,
-        "stream": stream,
-        "packing": config.packing,
-        "max_length": config.max_length,
-        "format": format_name,
-        "template": options.template if format_name == "triples" else None,
-        "val_prompts": _val_prompts(sides["val"]),
-    }
-    (folder / "mask_preview.txt").write_text(examples, encoding="utf-8")
+    folder.mkdir(parents=True)
+    if config.kind == "mix":
+        meta, examples = _mixed(config, encoder, task=task)
+    elif config.kind == "shards":
+        meta, examples = _from_shards(config, encoder)
+    else:
+        meta, examples = _Encoding(config, encoder, task=task).write(folder)
+    (folder / "mask_preview.json").write_text(json.dumps(examples, ensure_ascii=False), encoding="utf-8")
+    (folder / "mask_preview.txt").write_text(preview.mask_preview(examples), encoding="utf-8")
     (folder / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
 
 
-def _check_sides(config: DataConfig, intake: Intake, sides: dict[str, list[EncodedDocument]]) -> None:
-    """Both splits need a record.
+# --- one source of records ------------------------------------------------------------------------------------------
+
+
+class _Encoding:
+    """One pass over one source: format, encode, write, count."""
+
+    def __init__(self, config: DataConfig, encoder: TextEncoder, *, task: str) -> None:
+        self.config, self.encoder, self.task = config, encoder, task
+        self.format_name = config.format_for(task)
+        self.format = formats.get(self.format_name)
+        self.options = _options(config, task=task, render_chat=encoder.render_chat)
+        self.stream = task == "pretrain" or self.format_name == "text"
+        self.policy = LengthPolicy(None if self.stream else config.max_length, config.too_long)
+        self.intake = Intake(config.on_bad_record)
+        self.tally = Tally(self.intake)
+
+    def write(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The sides under ``folder``; (meta.json, the examples shown)."""
+        plan = _plan(self.config, task=self.task, format_name=self.format_name)
+        sides = SIDES if self.config.test_fraction else SIDES[:2]
+        writers = {
+            side: ShardWriter(folder / side, vocab_size=self.encoder.vocab_size, flags=True) for side in sides
+        }
+        if (
+            self.stream
+        ):  # one untrained EOS before the first document, so that its first token is predicted too
+            for writer in writers.values():
+                writer.add(np.asarray([self.encoder.eos_token_id]), np.zeros(1, bool))
+        for side, record in plan.sides(self.config.records(self.intake, task=self.task)):
+            try:
+                self._one(side, record, writers[side])
+            except BadRecordError as error:
+                if error.reason in ("no trained token", "too long"):  # the length policy's own doing
+                    self.intake.dropped[error.reason] += 1
+                else:
+                    self.intake.bad(error.reason, where=record.where, detail=error.detail)
+        _check_sides(self.config, self.tally, sides)
+        for side, writer in writers.items():
+            write_index(folder / side, [writer.close()])
+        meta = self._meta()
+        rows = PreparedData(folder, meta).rows("train")
+        meta["report"]["rows"] = {"train": len(rows)}
+        if meta["packing"] and not self.stream:
+            tokens = meta["report"]["train"]["tokens"]
+            meta["report"]["fill"] = tokens / (len(rows) * self.config.max_length)
+        return meta, self.tally.examples()
+
+    def _one(self, side: str, record: Record, writer: ShardWriter) -> None:
+        if self.format_name == "text" and len(str(record.fields.get(self._text_column) or "")) > LONG_TEXT:
+            self._long_text(side, record, writer)
+            return
+        encoded = fit_document(
+            record,
+            self.format_name,
+            self.format,
+            self.options,
+            self.encoder.encode,
+            eos_token_id=self.encoder.eos_token_id,
+            policy=self.policy,
+        )
+        self.intake.truncated += encoded.truncated
+        writer.add(encoded.ids, encoded.trained)
+        self.tally.add(side, encoded, record.where)
+
+    @property
+    def _text_column(self) -> str:
+        return self.config.columns.get("text", "text")
+
+    def _long_text(self, side: str, record: Record, writer: ShardWriter) -> None:
+        """A text of any size: the same ids as `fit_document` would give, without its offsets."""
+        text = self.format(record, self.options).segments[0].text
+        before, trained = writer.num_tokens, writer.num_trained
+        head, tail = self._encoded(text[:2000], ends=False), self._encoded(text[-2000:], ends=True)
+        for number, ids in enumerate(self.encoder.encode_long(text)):
+            flags = np.ones(len(ids), bool)
+            flags[0] = number > 0 or head.trained[0]  # a BOS stands for no character
+            writer.append(ids, flags)
+        if len(tail.ids) > len(tail.offsets):  # EOS, unless the text ends with one
+            writer.append(tail.ids[-1:], tail.trained[-1:])
+        writer.end_document()
+        self.tally.add(
+            side,
+            head,
+            record.where,
+            tokens=writer.num_tokens - before,
+            supervised=writer.num_trained - trained,
+            supervised_bytes=len(text.encode("utf-8")),
+        )
+
+    def _encoded(self, text: str, *, ends: bool) -> EncodedDocument:
+        document = Document((Segment(text, True),), ends=ends)
+        return encode_document(document, self.encoder.encode, self.encoder.eos_token_id)
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "report": self.tally.report(),
+            "parts": [{"folder": ".", "name": self.config.kind, "weight": 1.0}],
+            **_row_meta(self.config, stream=self.stream),
+            "format": self.format_name,
+            "template": self.options.template if self.format_name == "triples" else None,
+            "val_prompts": self.tally.val_prompts(),
+        }
+
+
+def _row_meta(config: DataConfig, *, stream: bool) -> dict[str, Any]:
+    """How rows are cut from the sides."""
+    return {
+        "stream": stream,
+        "packing": config.packing,
+        "apart": not config.cross_document_attention,
+        "max_length": config.max_length,
+    }
+
+
+def _plan(config: DataConfig, *, task: str, format_name: str) -> SplitPlan:
+    """One look at all records: how they are split, and whether the columns are there."""
+    text_column = config.columns.get("text", "text") if format_name == "text" else None
+    records = config.records(Intake(config.on_bad_record), task=task)
+    plan = plan_split(records, config.val_fraction, config.test_fraction, text_column=text_column)
+    _check_columns(config, format_name, plan)
+    return plan
+
+
+def _check_columns(config: DataConfig, format_name: str, plan: SplitPlan) -> None:
+    """Refuse a column that no record has: a mistyped ``input`` would otherwise be empty everywhere, without a word."""
+    for field in FIELDS.get(format_name, ()):
+        column = config.columns.get(field, field)
+        absent = column not in plan.columns and not (column == "messages" and "conversations" in plan.columns)
+        if plan.num_records and absent and (column, field) != ("input", "input"):
+            raise UserError(
+                f"no record has a field '{column}', as data.format={format_name} needs it",
+                where=f"data.columns.{field}",
+                fix=f"name one of {', '.join(sorted(plan.columns)[:12]) or 'no fields at all'}, or choose another data.format",
+            )
+
+
+def training_texts(config: DataConfig, *, task: str) -> Iterator[str]:
+    """The texts of the training side, for training a tokenizer that never sees the others."""
+    if config.kind == "mix":
+        for _, _, part in config.parts():
+            yield from training_texts(part, task=task)
+        return
+    intake = Intake(config.on_bad_record)
+    format_name = config.format_for(task)
+    options = _options(config, task=task, render_chat=_plain_chat)
+    format = formats.get(format_name)
+    plan = _plan(config, task=task, format_name=format_name)
+    for side, record in plan.sides(config.records(intake, task=task)):
+        if side != "train":
+            continue
+        try:
+            yield "".join(segment.text for segment in format(record, options).segments)
+        except BadRecordError as error:
+            intake.bad(error.reason, where=record.where, detail=error.detail)
+
+
+def _plain_chat(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    # The tokenizer in the making has no chat template yet; its marks will be special tokens, which are not learned.
+    turns = "".join(f"{message['role']}\n{message['content']}\n" for message in messages)
+    return turns + ("assistant\n" if add_generation_prompt else "")
+
+
+def _options(config: DataConfig, *, task: str, render_chat: RenderChat | None) -> FormatOptions:
+    return FormatOptions(
+        template_source(config.template), config.columns, render_chat, train_all=task == "pretrain"
+    )
+
+
+def _check_sides(config: DataConfig, tally: Tally, sides: tuple[str, ...]) -> None:
+    """Every side needs a record.
 
     Raises:
         UserError: with what was read, dropped and left.
     """
-    if all(sides.values()):
+    counts = {side: len(tally.sides[side].lengths) for side in sides}
+    if all(counts.values()):
         return
-    empty = "train" if not sides["train"] else "validation"
-    dropped = ", ".join(f"{reason}: {n}" for reason, n in sorted(intake.dropped.items())) or "none"
+    names = {"train": "train", "val": "validation", "test": "test"}
+    empty = next(names[side] for side, count in counts.items() if not count)
+    dropped = ", ".join(f"{reason}: {n}" for reason, n in sorted(tally.intake.dropped.items())) or "none"
     raise UserError(
-        f"no {empty} record: {intake.read} read, dropped {dropped}, left {len(sides['train'])} to train on and {len(sides['val'])} to validate on",
+        f"no {empty} record: {tally.intake.read} read, dropped {dropped}, "
+        f"left {counts['train']} to train on and {counts['val']} to validate on",
         where=str(getattr(config, "path", None) or getattr(config, "name", None) or config.kind),
         fix="give more records; equal ones, and those of one group, stay on one side",
     )
 
 
-def _encoded(
-    records: Iterable[Record],
-    intake: Intake,
-    format_name: str,
-    options: FormatOptions,
-    encoder: TextEncoder,
-    policy: LengthPolicy,
-) -> Iterator[EncodedDocument]:
-    format = formats.get(format_name)
-    for record in records:
-        try:
-            encoded = fit_document(
-                record,
-                format_name,
-                format,
-                options,
-                encoder.encode,
-                eos_token_id=encoder.eos_token_id,
-                policy=policy,
-            )
-        except BadRecordError as error:
-            if error.reason in (
-                "no trained token",
-                "too long",
-            ):  # the length policy's own doing: counted, not an error
-                intake.dropped[error.reason] += 1
-            else:
-                intake.bad(error.reason, where=record.where, detail=error.detail)
-            continue
-        intake.truncated += encoded.truncated
-        yield encoded
+# --- several sources, and shards made before --------------------------------------------------------------------------
 
 
-def _stream_start(encoder: TextEncoder) -> list[EncodedDocument]:
-    """One untrained EOS before the first document, so that the first real token is predicted too."""
-    eos = EncodedDocument(
-        np.asarray([encoder.eos_token_id]), np.zeros(1, dtype=bool), [], Document((Segment("", False),))
-    )
-    return [eos]
-
-
-def _report(intake: Intake, sides: dict[str, list[EncodedDocument]]) -> dict[str, Any]:
-    lengths = np.concatenate([[len(d.ids) for d in documents] for documents in sides.values()])
-    report: dict[str, Any] = {
-        "records_read": intake.read,
-        "records_kept": intake.kept,
-        "records_dropped": dict(intake.dropped),
-        "records_truncated": intake.truncated,
-        "tokens": int(lengths.sum()),
-        "supervised_tokens": int(sum(d.trained.sum() for documents in sides.values() for d in documents)),
-        "tokens_per_record": {
-            "mean": float(lengths.mean()),
-            "median": float(np.median(lengths)),
-            "longest": int(lengths.max()),
-        },
-    }
-    for split, documents in sides.items():
-        report[split] = {
-            "records": len(documents),
-            "tokens": int(sum(len(d.ids) for d in documents)),
-            "supervised_tokens": int(sum(d.trained.sum() for d in documents)),
-            "supervised_bytes": int(sum(d.trained_bytes for d in documents)),
-        }
-    return report
-
-
-def _val_prompts(documents: list[EncodedDocument]) -> list[dict[str, str]]:
-    """Prompts for samples and metrics; of plain text, the first words of a document or of evenly spaced pieces of it."""
-    asked = [
-        {"prompt": d.document.prompt, "response": d.document.response or ""}
-        for d in documents
-        if d.document.prompt
+def _mixed(config: Any, encoder: TextEncoder, *, task: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    made = [(name, weight, prepare(part, encoder, task=task)) for name, weight, part in config.parts()]
+    metas = [prepared.meta for _, _, prepared in made]
+    if len({meta["stream"] for meta in metas}) > 1:
+        kinds = ", ".join(f"{name}: {prepared.meta['format']}" for name, _, prepared in made)
+        raise UserError(
+            f"texts and records with a response cannot be mixed ({kinds})",
+            where="data.sources",
+            fix="use task=pretrain, where all of it is text, or sources of one kind",
+        )
+    first = metas[0]
+    report = merged_report([(name, weight, prepared.meta["report"]) for name, weight, prepared in made])
+    report["rows"] = {"train": sum(meta["report"]["rows"]["train"] for meta in metas)}
+    lengths = [
+        Shards(prepared.folder / side).lengths()[1 if first["stream"] else 0 :]
+        for _, _, prepared in made
+        for side in SIDES
+        if (prepared.folder / side).is_dir()
     ]
-    if asked:
-        return asked[:MAX_VAL_PROMPTS]
-    texts = ["".join(segment.text for segment in d.document.segments) for d in documents[:MAX_VAL_PROMPTS]]
-    if len(texts) == 1:
-        step = max(80, len(texts[0]) // 16)
-        texts = [texts[0][start:].lstrip() for start in range(0, max(1, len(texts[0]) - 80), step)]
-    prompts = [text[:60].rsplit(" ", 1)[0] for text in texts]
-    return [{"prompt": prompt, "response": ""} for prompt in prompts if prompt.strip()]
+    report.update(length_figures(np.concatenate(lengths)))
+    prompts = [meta["val_prompts"] for meta in metas]
+    longest = max(len(each) for each in prompts)
+    meta = {
+        **first,
+        "report": report,
+        "parts": [
+            {"folder": str(prepared.folder), "name": name, "weight": weight}
+            for name, weight, prepared in made
+        ],
+        "val_prompts": [each[i] for i in range(longest) for each in prompts if i < len(each)],
+    }
+    shown = [prepared.examples for _, _, prepared in made]
+    return meta, [each[i] for i in range(5) for each in shown if i < len(each)][:5]
+
+
+def merged_report(parts: list[tuple[str, float, dict[str, Any]]]) -> dict[str, Any]:
+    """The data report of a mix: sums over its sources, and a row for each under ``sources``."""
+    reports = [report for _, _, report in parts]
+    counts = ("records_read", "records_kept", "records_truncated", "tokens", "supervised_tokens")
+    merged: dict[str, Any] = {name: sum(report[name] for report in reports) for name in counts}
+    reasons = sorted({reason for report in reports for reason in report["records_dropped"]})
+    merged["records_dropped"] = {
+        reason: sum(report["records_dropped"].get(reason, 0) for report in reports) for reason in reasons
+    }
+    merged["dropped_examples"] = [row for report in reports for row in report["dropped_examples"]][:20]
+    for side in SIDES:
+        present = [report[side] for report in reports if side in report]
+        if present:
+            merged[side] = {name: sum(each[name] for each in present) for name in present[0]}
+    for name, choose in (("longest", max), ("shortest", min)):
+        ends = [report[name] for report in reports if name in report]
+        if ends:
+            merged[name] = choose(ends, key=lambda row: row["tokens"])
+    merged["sources"] = [
+        {"name": name, "weight": weight, **{k: report[k] for k in counts}} for name, weight, report in parts
+    ]
+    return merged
+
+
+def _from_shards(config: Any, encoder: TextEncoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Meta of a directory of tokenize_corpus.py; nothing of it is copied or loaded.
+
+    Raises:
+        UserError: made with another tokenizer.
+    """
+    folder = Path(config.path).expanduser().absolute()
+    from lmlab.data.corpus import CorpusIndex
+
+    index = CorpusIndex.load(folder)
+    if index.tokenizer_hash != encoder.key:
+        raise UserError(
+            "the shards were made with another tokenizer than this run's",
+            where=str(folder),
+            fix=f"tokenizer=file tokenizer.path={folder / 'tokenizer'}",
+        )
+    val = Shards(folder / "val")
+    prompts = []
+    for document in range(1, min(val.num_documents, 513)):
+        start, end = val.span(document)
+        text = encoder.decode(val.read(start, min(end, start + 64))[0].tolist())
+        prompts.append({"prompt": text[:60].rsplit(" ", 1)[0], "response": ""})
+    train = Shards(folder / "train")
+    examples = []
+    for document in range(1, min(train.num_documents, 6)):
+        start, end = train.span(document)
+        text = encoder.decode(train.read(start, min(end, start + 256))[0].tolist())
+        examples.append(
+            {
+                "where": f"train document {document}",
+                "tokens": end - start,
+                "supervised_tokens": end - start,
+                "truncated": False,
+                "spans": [[text, True]],
+            }
+        )
+    lengths = [Shards(folder / side).lengths()[1:] for side in ("train", "val")]
+    report = {**index.report, **length_figures(np.concatenate(lengths))}
+    meta = {
+        "report": report,
+        "parts": [{"folder": str(folder), "name": "shards", "weight": 1.0}],
+        **_row_meta(config, stream=True),
+        "format": "text",
+        "template": None,
+        "val_prompts": [p for p in prompts if p["prompt"].strip()],
+    }
+    rows = StreamRows(train, max_length=config.max_length)
+    meta["report"]["rows"] = {"train": len(rows)}
+    return meta, examples

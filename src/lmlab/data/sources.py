@@ -32,19 +32,25 @@ class DataConfig(Config):
     Attributes:
         format: how a record becomes text: auto, triples, completion, messages, text, or a plugin's.
         template: name of a template or a Jinja text over ``instruction`` and ``input`` (triples only).
+        chat_template: for conversations: null (the model's own), a name, a .jinja file or a Jinja text over ``messages``.
         columns: the source's own column names, e.g. ``{instruction: question, output: answer}``.
         max_length: tokens per example or row; the response's or prompt's surplus is cut as ``too_long`` says.
         packing: several documents in one row of at most max_length; they never see one another.
+        cross_document_attention: of a text stream only: whether a window's documents see the ones before them.
         val_fraction: share held out for validation by a hash of the record (or of its group).
+        test_fraction: share held out besides and evaluated once, after training; 0 for none.
     """
 
     kind: str
     format: str
     template: str
+    chat_template: str | None
     columns: dict[str, str]
     max_length: int = Field(ge=8)
     packing: bool
+    cross_document_attention: bool
     val_fraction: float = Field(gt=0, lt=1)
+    test_fraction: float = Field(ge=0, lt=1)
     too_long: Literal["truncate_prompt", "truncate_response", "drop", "error"]
     on_bad_record: Literal["error", "skip"]
 

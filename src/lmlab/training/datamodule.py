@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lmlab.data.order import EndlessOrder, ShareOfRows, StepBatches
+from lmlab.data.order import ShareOfRows, StepBatches
 from lmlab.data.packing import collate_flat, collate_padded
 from lmlab.data.prepare import PreparedData
 from lmlab.records import PackedBatch
@@ -29,7 +29,7 @@ class LMDataModule(LightningDataModule):
         self, prepared: PreparedData, trainer_config: TrainerConfig, *, seed: int, flat: bool
     ) -> None:
         super().__init__()
-        self.options, self.seed = trainer_config, seed
+        self.prepared, self.options, self.seed = prepared, trainer_config, seed
         self.train_rows, self.val_rows = prepared.rows("train"), prepared.rows("val")
         self.collate = collate_flat if flat else collate_padded
         self.start_step = 0
@@ -38,7 +38,7 @@ class LMDataModule(LightningDataModule):
         """Endless; its position is the trainer's optimizer step, so that resuming needs no other state."""
         assert self.trainer is not None
         batches = StepBatches(
-            EndlessOrder(len(self.train_rows), seed=self.seed),
+            self.prepared.order(self.train_rows, seed=self.seed),
             batch_size=self.options.batch_size,
             accumulate=self.options.accumulate_grad_batches,
             rank=self.trainer.global_rank,
@@ -49,14 +49,21 @@ class LMDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """This rank's share of the validation rows."""
+        return self._once(self.val_rows)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """This rank's share of the test rows."""
+        return self._once(self.prepared.rows("test"))
+
+    def _once(self, rows: Any) -> DataLoader[Any]:
         assert self.trainer is not None
         share = ShareOfRows(
-            len(self.val_rows),
+            len(rows),
             batch_size=self.options.val_batch_size,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
         )
-        return self._loader(self.val_rows, share)
+        return self._loader(rows, share)
 
     def _loader(self, rows: Any, batches: Any) -> DataLoader[Any]:
         return DataLoader(
