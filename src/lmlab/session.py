@@ -91,7 +91,7 @@ class Session:
         )
         self.figures.update(built.figures)
         self._open_tracker()
-        max_steps = config.trainer.steps(len(prepared.rows("train")))
+        max_steps = config.trainer.steps(prepared.meta["report"]["rows"]["train"])
         self._print_start(built, prepared, hardware, max_steps)
         resume_from, step = self._resume_from()
         if self.rank == 0:
@@ -278,7 +278,7 @@ class Session:
     def _notes(self, prepared: PreparedData, max_steps: int) -> list[str]:
         """Settings that are allowed and probably not meant."""
         trainer, warmup, notes = self.config.trainer, self.config.optim.warmup_steps, []
-        rows = len(prepared.rows("train"))
+        rows = prepared.meta["report"]["rows"]["train"]
         if trainer.rows_per_step > rows:
             notes.append(
                 f"a step of {trainer.rows_per_step} rows sees the {rows} training rows more than once"
