@@ -1,6 +1,7 @@
 """Train a byte-level BPE: `python scripts/train_tokenizer.py data=text data.path=corpus.txt tokenizer.vocab_size=2048`.
 
-Takes the same overrides as train.py; only the training split is read, so validation stays unseen.
+Takes the same overrides as train.py, so data.path may be a file, a folder or a glob. Only the training split is read, so
+validation stays unseen; texts are streamed, up to tokenizer.max_chars characters.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lmlab.records import UserError
 def train(composed: Any, overrides: list[str]) -> int:
     from lmlab.data.prepare import training_texts
     from lmlab.start import prepare_tokenizer, run_name
+    from lmlab.tokenizers import TextBudget
 
     config = to_run_config(composed)
     if config.tokenizer.kind != "bpe":
@@ -35,11 +37,16 @@ def train(composed: Any, overrides: list[str]) -> int:
     cached, encoder, size = prepare_tokenizer(config)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(cached, folder)
-    texts = list(training_texts(config.data, task=config.task))
-    size_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    tokens = sum(len(encoder.encode(text)[0]) for text in texts)
+    size_bytes = tokens = 0
+    texts = training_texts(config.data, task=config.task)
+    for piece in TextBudget(
+        texts, config.tokenizer.max_chars
+    ):  # streamed: what the training read, and no more
+        size_bytes += len(piece.encode("utf-8"))
+        tokens += len(encoder.encode(piece)[0])
+    rate = size_bytes / max(1, tokens)
     print(
-        f"vocabulary {size:,}; {size_bytes:,} bytes of training text in {tokens:,} tokens: {size_bytes / max(1, tokens):.2f} bytes per token"
+        f"vocabulary {size:,}; {size_bytes:,} bytes of training text in {tokens:,} tokens: {rate:.2f} bytes per token"
     )
     print(f"written: {os.path.relpath(folder)}")
     print(f"use it: python train.py task=pretrain tokenizer=file tokenizer.path={os.path.relpath(folder)}")

@@ -59,15 +59,16 @@ def build_for_training(
     from transformers.utils.logging import disable_progress_bar
 
     from lmlab.models.adapters import count_parameters
-    from lmlab.models.attention import supports_flat, use_packed_attention
+    from lmlab.models.attention import use_packed_attention
     from lmlab.models.build import build_model
+    from lmlab.models.probe import supports_flat
     from lmlab.models.quantize import linear_storage, stored_bytes
-    from lmlab.tokenizers import load_tokenizer
+    from lmlab.tokenizers import load_tokenizer, rows_needed
 
     meter.start("load")
     disable_progress_bar()  # one bar is enough: the run's own
     tokenizer = load_tokenizer(run.tokenizer)
-    hf_config = config.model.hf_config(len(tokenizer), eos_token_id=eos_id(tokenizer))
+    hf_config = config.model.hf_config(rows_needed(tokenizer), eos_token_id=eos_id(tokenizer))
     model = build_model(
         config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device
     )
@@ -80,7 +81,7 @@ def build_for_training(
     }
     standard = str(model.config._attn_implementation)
     generation_config = getattr(model, "generation_config", None)
-    model = config.adapter.apply(model, seed=config.seed)
+    model = config.adapter.apply(model, seed=config.seed, **_token_rows(config, tokenizer))
     flat = wants_flat and supports_flat(hf_config)
     if flat:
         use_packed_attention(model)
@@ -110,13 +111,22 @@ def _freeze_base(
     """Quantize a base that an adapter will lie on; (where it can be found again, its fingerprint)."""
     from lmlab.config.schema import mixed_precision_instead
     from lmlab.models.build import Scratch, base_fingerprint
+    from lmlab.models.vocabulary import grow_embeddings
+    from lmlab.tokenizers import rows_needed
 
+    # Of the base as it lies on disk: whoever loads the adapter makes room for its tokens again.
+    fingerprint = base_fingerprint(model) if config.adapter.freezes_base else None
+    grown = grow_embeddings(model, rows_needed(tokenizer), seed=config.seed)
+    added = getattr(config.tokenizer, "added_tokens", [])
+    if added:
+        where = "the embedding (the head is tied to it)" if _is_tied(model) else "the embedding and the head"
+        say(f"added tokens: {' '.join(added)}; {grown} new rows in {where}, the rows of all are trained")
     if not config.adapter.freezes_base:
         if mixed_precision_instead(config):
             kind, precision = config.quant.kind, hardware.precision
             say(f"adapter=none with quant={kind} trains fp32 weights in {precision} mixed precision")
         return config.model.source, None
-    base_path, fingerprint = config.model.source, base_fingerprint(model)
+    base_path = config.model.source
     if isinstance(config.model, Scratch):
         # An adapter is worth nothing without the base it was trained on.
         base_path = str(run.base)
@@ -125,6 +135,17 @@ def _freeze_base(
             tokenizer.save_pretrained(run.base)
     config.quant.apply(model, compute_dtype=hardware.compute_dtype)
     return base_path, fingerprint
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
+def _token_rows(config: RunConfig, tokenizer: Any) -> dict[str, list[int]]:
+    """The adapter's argument for `tokenizer.added_tokens`, {} without any (an adapter need not know of them)."""
+    added = getattr(config.tokenizer, "added_tokens", [])
+    return {"token_rows": tokenizer.convert_tokens_to_ids(list(added))} if added else {}
 
 
 def _effective_optim(config: RunConfig, hardware: Hardware, say: Callable[[str], None]) -> OptimConfig:
@@ -310,7 +331,8 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
 
     from lmlab.models.build import base_fingerprint, build_model
     from lmlab.models.quantize import quants
-    from lmlab.tokenizers import load_tokenizer
+    from lmlab.models.vocabulary import grow_embeddings, use_token_rows
+    from lmlab.tokenizers import load_tokenizer, rows_needed
 
     source = info.get("base") or read_json(path / "adapter_config.json").get("base_model_name_or_path")
     if not source:
@@ -331,5 +353,9 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
             fix="put the base back that it was trained on",
         )
     generation_config = model.generation_config
+    tokenizer = load_tokenizer(path)
+    grow_embeddings(model, rows_needed(tokenizer), seed=0)  # what they hold comes from the adapter
     quant_config.apply(model, compute_dtype=hardware.compute_dtype)
-    return PeftModel.from_pretrained(model, path), load_tokenizer(path), generation_config
+    adapted = PeftModel.from_pretrained(model, path)
+    use_token_rows(adapted)
+    return adapted, tokenizer, generation_config

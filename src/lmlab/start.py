@@ -108,7 +108,7 @@ def run_name(overrides: Sequence[str]) -> str:
 
 def _check_model(config: RunConfig, tokenizer_size: int) -> None:
     from lmlab.models.build import context_length
-    from lmlab.tokenizers.load import check_vocabulary, load_tokenizer
+    from lmlab.tokenizers.load import check_vocabulary
 
     hf_config = config.model.hf_config(tokenizer_size)
     limit = context_length(hf_config)
@@ -119,11 +119,21 @@ def _check_model(config: RunConfig, tokenizer_size: int) -> None:
             fix=f"at most {limit}",
         )
     if config.tokenizer.kind != "bpe":
-        revision = getattr(config.model, "revision", None) if config.tokenizer.kind == "from_model" else None
-        tokenizer = load_tokenizer(_tokenizer_source(config), revision=revision)
-        check_vocabulary(
-            tokenizer, hf_config.get_text_config().vocab_size, where=f"model {config.model.label}"
-        )
+        tokenizer, added = _loaded_tokenizer(config)
+        rows = hf_config.get_text_config().vocab_size
+        check_vocabulary(tokenizer, rows, where=f"model {config.model.label}", added=added)
+
+
+def _loaded_tokenizer(config: RunConfig) -> tuple[Any, list[str]]:
+    """The tokenizer from the model or from disk with its added tokens, and these tokens."""
+    from lmlab.tokenizers.load import add_tokens, load_tokenizer
+
+    revision = getattr(config.model, "revision", None) if config.tokenizer.kind == "from_model" else None
+    tokenizer = load_tokenizer(_tokenizer_source(config), revision=revision)
+    added: list[str] = list(config.tokenizer.added_tokens)  # type: ignore[union-attr]
+    if added:
+        add_tokens(tokenizer, added)
+    return tokenizer, added
 
 
 def _tokenizer_source(config: RunConfig) -> str:
@@ -135,20 +145,19 @@ def _tokenizer_source(config: RunConfig) -> str:
 
 
 def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
-    """Load or train the tokenizer into the cache; (its folder, the encoder for the data, its size)."""
-    from lmlab.tokenizers.load import load_tokenizer, tokenizer_hash
+    """Load or train the tokenizer into the cache; (its folder, the encoder for the data, the embedding rows it needs)."""
+    from lmlab.tokenizers.load import load_tokenizer, rows_needed, tokenizer_hash
 
     if config.tokenizer.kind == "bpe":
         folder = _trained_bpe(config)
         tokenizer = load_tokenizer(folder)
     else:
-        revision = getattr(config.model, "revision", None) if config.tokenizer.kind == "from_model" else None
-        tokenizer = load_tokenizer(_tokenizer_source(config), revision=revision)
+        tokenizer, _ = _loaded_tokenizer(config)
         key = tokenizer_hash(tokenizer)
         folder = cache_root() / "tokenizers" / key[:24]
         if not folder.exists():
             _save_tokenizer(tokenizer, folder)
-    return folder, text_encoder(tokenizer), len(tokenizer)
+    return folder, text_encoder(tokenizer), rows_needed(tokenizer)
 
 
 def text_encoder(tokenizer: Any) -> TextEncoder:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from lmlab.models.attention import FLAT_MODEL_TYPES, MAX_WASTE, document_groups, supports_flat
+from lmlab.models.attention import MAX_WASTE, document_groups
 
 
 def random_lengths(seed: int) -> list[int]:
@@ -52,20 +52,3 @@ def lengths_of(which: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 def test_equal_documents_are_one_rectangle() -> None:
     groups = document_groups(torch.arange(0, 33, 8, dtype=torch.int32))
     assert [tuple(index.shape) for index in groups.gather] == [(4, 8)]
-
-
-@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "bloom", "codegen", "mamba", "llama4_text"])
-def test_architectures_measured_wrong_stay_out(model_type: str) -> None:
-    assert model_type not in FLAT_MODEL_TYPES
-
-
-def test_softcap_and_unknown_layer_types_are_refused() -> None:
-    from transformers import LlamaConfig
-
-    assert supports_flat(LlamaConfig())
-    config = LlamaConfig()
-    config.attn_logit_softcapping = 50.0
-    assert not supports_flat(config)
-    config = LlamaConfig()
-    config.layer_types = ["full_attention", "chunked_attention"]
-    assert not supports_flat(config)

@@ -1,4 +1,4 @@
-"""Flat rows against each document alone through transformers' own eager attention, for every architecture allowed."""
+"""Flat rows against each document alone through transformers' own eager attention, and nothing seen across documents."""
 
 from __future__ import annotations
 
@@ -8,23 +8,49 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import WINDOW, documents, flat, gradients, padded, random_model, relative
+from tiny import (
+    ACCEPTED,
+    WINDOW,
+    default_config,
+    documents,
+    flat,
+    gradients,
+    padded,
+    random_model,
+    relative,
+)
 
 from lmlab.models.attention import (
-    FLAT_MODEL_TYPES,
     NAME,
     attention,
     document_groups,
     packed_attention,
-    supports_flat,
     use_packed_attention,
 )
 from lmlab.models.build import enable_checkpointing
 from lmlab.models.head import supervised_logits
+from lmlab.models.probe import _twin
+from lmlab.records import Example
 
 pytestmark = pytest.mark.parity
 RELATIVE = 1e-5  # fp32 sums in another order; measured 1e-7 .. 2e-6
-TYPES = sorted(FLAT_MODEL_TYPES)
+TYPES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "olmo",
+    "olmo2",
+    "granite",
+    "smollm3",
+    "starcoder2",
+]
+FAST = ("llama", "gpt2", "gemma2", "gpt_oss", "minicpm3", "mixtral")
+EVERY = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ACCEPTED]
 WINDOWED = ["mistral", "phi3", "qwen2", "qwen3", "smollm3", "starcoder2"]
 
 
@@ -51,7 +77,6 @@ def alone_logits(model: Any, examples: Any) -> list[torch.Tensor]:
 def test_against_eager_one_document_at_a_time_logits(model_type: str) -> None:
     reference = random_model(model_type)
     model = copy.deepcopy(reference)
-    assert supports_flat(model.config)
     use_packed_attention(model)
     assert (reference.config._attn_implementation, model.config._attn_implementation) == ("eager", NAME)
     examples = documents()
@@ -86,6 +111,131 @@ def test_against_eager_one_document_at_a_time_gradients(model_type: str, checkpo
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=RELATIVE)
     assert relative(gradients(model), gradients(reference)) < RELATIVE
+
+
+def padded_logits(model: Any, examples: list[Example]) -> list[torch.Tensor]:
+    """Logits of each document out of padded rows, one document each."""
+    with torch.no_grad():
+        rows = model(input_ids=padded(examples).input_ids, use_cache=False).logits
+    return [row[: len(e.input_ids)] for row, e in zip(rows, examples, strict=True)]
+
+
+def assert_apart(model: Any, logits: Any) -> None:
+    """Changing any document leaves the logits of every other exactly as they were."""
+    examples = documents()
+    before = logits(model, examples)
+    for changed in range(len(examples)):
+        others = list(examples)
+        others[changed] = documents(seed=7)[changed]
+        after = logits(model, others)
+        assert not torch.equal(after[changed], before[changed])
+        moved = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)]
+        assert [m for i, m in enumerate(moved) if i != changed] == [0.0] * (len(examples) - 1), changed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_document_in_a_pack_never_moves_another(model_type: str, dtype: torch.dtype) -> None:
+    model = _twin(default_config(model_type)).to(dtype)
+    use_packed_attention(model)
+    assert_apart(model, flat_logits)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", EVERY)
+def test_a_document_in_padded_rows_never_moves_another(model_type: str, implementation: str) -> None:
+    model = _twin(default_config(model_type))
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip(f"transformers has no sdpa for {model_type}")
+    with attention(model, implementation):
+        assert_apart(model, padded_logits)
+
+
+@pytest.mark.parametrize("model_type", EVERY)
+def test_against_eager_loss_and_gradient_of_single_documents(model_type: str) -> None:
+    """The loss sum of a pack is the sum of its documents' losses, and so is the gradient."""
+    model = _twin(default_config(model_type)).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in (
+            "attention_dropout",
+            "attn_dropout",
+            "dropout",
+            "resid_pdrop",
+            "embd_pdrop",
+            "attn_pdrop",
+        ):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    examples = documents()
+    expected = torch.zeros(())
+    with attention(model, "eager"):
+        for example in examples:
+            out = model(input_ids=example.input_ids[None], use_cache=False).logits[0].float()
+            expected = expected + F.cross_entropy(out, example.labels, reduction="sum")
+        expected.backward()
+    reference = gradients(model)
+    with attention(model, NAME):
+        loss = F.cross_entropy(*supervised_logits(model, flat(examples)), reduction="sum")
+        loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=RELATIVE)
+    assert distance(gradients(model), reference) < RELATIVE
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative distance over all parameters together."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("storage", ["none", "nf4"])
+def test_documents_stay_apart_under_lora_and_checkpointing(storage: str) -> None:
+    from lmlab.models.adapters import Lora
+    from lmlab.models.quantize import FourBit
+
+    model = _twin(default_config("llama"))
+    if storage == "nf4":
+        FourBit(kind="nf4", double_quant=True).apply(model, compute_dtype=torch.float32)
+    enable_checkpointing(model)
+    model = Lora(kind="lora", rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear").apply(
+        model, seed=0
+    )
+    with torch.no_grad():  # B is zero at the start, and the adapter then without effect
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    use_packed_attention(model)
+    assert_apart(model.train(), flat_logits)
+    examples = documents()
+    loss = F.cross_entropy(*supervised_logits(model, flat(examples)), reduction="sum")
+    loss.backward()
+    found = gradients(model)
+    alone = [F.cross_entropy(*supervised_logits(model, flat([e])), reduction="sum") for e in examples]
+    torch.stack(alone).sum().backward()
+    assert loss.item() == pytest.approx(torch.stack(alone).sum().item(), rel=RELATIVE)
+    assert distance(found, gradients(model)) < RELATIVE
+    assert len(found) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_against_transformers_softcap_and_sinks(dropout: float) -> None:
+    """The explicit path: dropout acts, and without it the values are those of Gemma 2's and gpt-oss's own functions."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss
+
+    module: Any = torch.nn.Identity()
+    module.num_key_value_groups, module.sinks = 2, torch.randn(4)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 6, 8) * 3, torch.randn(1, 2, 6, 8) * 3, torch.randn(1, 2, 6, 8)
+    mask = torch.full((6, 6), -torch.inf).triu(1)[None, None]
+    groups = document_groups(torch.tensor([0, 6], dtype=torch.int32))
+    cases: list[tuple[Any, dict[str, Any]]] = [(gemma2, {"softcap": 2.0}), (gpt_oss, {"s_aux": module.sinks})]
+    for own, arguments in cases:
+        found, _ = packed_attention(
+            module, q, k, v, None, scaling=0.4, dropout=dropout, lmlab_documents=groups, **arguments
+        )
+        expected = own(module, q, k, v, mask, scaling=0.4, dropout=0.0, **arguments)[0]
+        assert (relative(found, expected) < RELATIVE) == (dropout == 0.0)
 
 
 @pytest.mark.parametrize("model_type", WINDOWED)
@@ -199,24 +349,25 @@ def test_generation_switches_back_and_forth() -> None:
 @pytest.mark.parametrize(
     "argument",
     [
-        {"softcap": 50.0},
-        {"s_aux": torch.zeros(2)},
+        {"alibi": torch.zeros(2)},
         {"is_causal": False},
         {"position_bias": torch.zeros(1)},
         {"attention_mask": torch.ones(1, 1, 5, 5)},
-        {"lmlab_documents": None},
     ],
     ids=lambda a: next(iter(a)),
 )
 def test_an_argument_it_does_not_honour_raises(argument: dict[str, Any]) -> None:
     q = torch.randn(1, 2, 5, 8)
     documents_ = document_groups(torch.tensor([0, 5], dtype=torch.int32))
-    given = {"attention_mask": None, "lmlab_documents": documents_} | argument
+    given: dict[str, Any] = {"attention_mask": None, "lmlab_documents": documents_} | argument
     with pytest.raises(RuntimeError, match="cannot honour"):
         packed_attention(torch.nn.Identity(), q, q, q, **given)
-    good = given | {"attention_mask": None, "lmlab_documents": documents_, next(iter(argument)): None}
-    good |= {"lmlab_documents": documents_, "is_causal": True, "sliding_window": WINDOW}
+    good: dict[str, Any] = (
+        given | {next(iter(argument)): None} | {"is_causal": True, "sliding_window": WINDOW}
+    )
     packed_attention(torch.nn.Identity(), q, q, q, **good)
+    with pytest.raises(RuntimeError, match="does not pass on where the documents lie"):
+        packed_attention(torch.nn.Identity(), q, q, q, **{**good, "lmlab_documents": None})
 
 
 def test_value_heads_may_have_another_width() -> None:

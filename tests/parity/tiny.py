@@ -55,6 +55,32 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neox": {k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"},
 }
 
+_ACCEPTED = (
+    "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text gemma4_text phi phi3 gpt2 gpt_bigcode gpt_neox opt olmo olmo2 "
+    "olmo3 granite smollm3 cohere cohere2 starcoder2 glm4 exaone4 nanochat minicpm3 deepseek_v3 mixtral qwen3_moe "
+    "olmoe granitemoe gpt_oss"
+)
+_REFUSED = (
+    "mamba mamba2 falcon_mamba rwkv recurrent_gemma bamba jamba qwen3_next granitemoehybrid falcon_h1 codegen bloom "
+    "gpt_neo gptj falcon mpt llama4_text stablelm doge bert"
+)
+ACCEPTED: dict[str, dict[str, Any]] = {
+    **{name: {} for name in _ACCEPTED.split()},
+    "ministral": {"head_dim": 128},
+}
+"""Architectures that the probe accepts, with what a config class leaves out and its model needs."""
+REFUSED: dict[str, dict[str, Any]] = {
+    **{name: {} for name in _REFUSED.split()},
+    "nemotron": {"num_key_value_heads": 8},
+    "lfm2": {"full_attn_idxs": [2, 5, 8], "layer_types": None},
+}
+"""Architectures whose documents would see one another in a flat row, or that cannot take one."""
+
+
+def default_config(model_type: str, **changes: Any) -> Any:
+    """The config of a real size that transformers gives this architecture."""
+    return AutoConfig.for_model(model_type, **(ACCEPTED | REFUSED)[model_type] | changes)
+
 
 def random_model(model_type: str, *, std: float = 0.15, **changes: Any) -> Any:
     """A model of this type with all weights N(0, std) (norms around 1), in eager attention and training mode."""

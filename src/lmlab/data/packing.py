@@ -8,6 +8,7 @@ token but the stream's first is predicted exactly once.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 
@@ -79,7 +80,7 @@ class StreamRows(Dataset[Example]):
         # Tokens 0..n of the split, documents at 1 and 5: segments begin at 0 and 4, the EOS before each.
         cuts = [place - 1 - start for place in self.shards.starts(start + 2, end)]
         edges = [0, *cuts, len(ids)]
-        return Example(ids, labels, tuple(b - a for a, b in zip(edges, edges[1:], strict=False) if b > a))
+        return Example(ids, labels, tuple(b - a for a, b in itertools.pairwise(edges) if b > a))
 
 
 class MixedRows(Dataset[Example]):

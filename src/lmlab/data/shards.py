@@ -9,6 +9,7 @@ batch, not with the corpus.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -78,6 +79,13 @@ class ShardWriter:
         self.append(ids, trained)
         self.end_document()
 
+    def add_many(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Whole documents of ``lengths`` tokens one after another in ``ids``, all trained; for many short ones."""
+        offsets = self.num_tokens + np.cumsum(lengths, dtype=np.int64)
+        self.append(ids)
+        self._write("offsets", offsets)
+        self.num_documents += len(lengths)
+
     def close(self) -> dict[str, Any]:
         """Make the shard durable under its names; its entry for `write_index`."""
         entry: dict[str, Any] = {
@@ -98,7 +106,8 @@ class ShardWriter:
     def discard(self) -> None:
         """Give up: leave no file behind."""
         for kind, file in self._files.items():
-            file.close()
+            with contextlib.suppress(OSError):  # what is buffered may not find room on a full disk
+                file.close()
             self._temporary(kind).unlink(missing_ok=True)
 
 

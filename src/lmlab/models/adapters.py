@@ -7,6 +7,7 @@ base with an 8-bit paged optimizer (arXiv 2305.14314). Files are PEFT's own and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -28,8 +29,13 @@ class AdapterConfig(Config):
         """Whether the base stays as it is (then it may be stored in few bits)."""
         return True
 
-    def apply(self, model: PreTrainedModel, *, seed: int) -> Any:
-        """The model to train; its trainable parameters are those with ``requires_grad``."""
+    def apply(self, model: PreTrainedModel, *, seed: int, token_rows: Sequence[int] = ()) -> Any:
+        """The model to train; its trainable parameters are those with ``requires_grad``.
+
+        Args:
+            token_rows: ids of added tokens, whose rows of the embedding and of the head must be trained; left out
+                where there are none.
+        """
         raise NotImplementedError
 
 
@@ -43,7 +49,7 @@ class NoAdapter(AdapterConfig):
     def freezes_base(self) -> bool:
         return False
 
-    def apply(self, model: PreTrainedModel, *, seed: int) -> PreTrainedModel:
+    def apply(self, model: PreTrainedModel, *, seed: int, token_rows: Sequence[int] = ()) -> PreTrainedModel:
         model.requires_grad_(True)
         return model
 
@@ -65,16 +71,18 @@ class Lora(AdapterConfig):
     dropout: float = Field(ge=0, lt=1)
     target_modules: str | list[str]
 
-    def apply(self, model: PreTrainedModel, *, seed: int) -> Any:
+    def apply(self, model: PreTrainedModel, *, seed: int, token_rows: Sequence[int] = ()) -> Any:
         """Freeze the base and put adapters on it; A is drawn from ``seed``, B is zero, both in fp32.
 
         Over a 16-bit base PEFT rounds A to those 16 bits once; over every other storage a seed gives the same A.
 
         Raises:
-            UserError: target_modules matches nothing.
+            UserError: target_modules matches nothing, or ``token_rows`` of a head with a bias.
         """
         import torch
         from peft import LoraConfig, TaskType, get_peft_model
+
+        from lmlab.models.vocabulary import token_row_targets, use_token_rows
 
         config = LoraConfig(
             r=self.rank,
@@ -82,13 +90,14 @@ class Lora(AdapterConfig):
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
             task_type=TaskType.CAUSAL_LM,
+            trainable_token_indices=token_row_targets(model, token_rows) if token_rows else None,
         )
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(
                 seed
             )  # PEFT draws on the CPU; torch.manual_seed would reseed the GPUs
             try:
-                return get_peft_model(model, config)
+                adapted = get_peft_model(model, config)
             except ValueError as error:
                 if "target modules" not in str(error).lower():
                     raise
@@ -97,6 +106,8 @@ class Lora(AdapterConfig):
                     where="adapter.target_modules",
                     fix="use all-linear or names of its linear layers",
                 ) from error
+        use_token_rows(adapted)
+        return adapted
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

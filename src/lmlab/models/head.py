@@ -60,9 +60,7 @@ def supervised_logits(model: torch.nn.Module | Any, batch: PackedBatch) -> Super
     labels = batch.labels.flatten()[batch.supervised_index]
     if batch.cu_seqlens is None:
         logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)
-        if len(batch.supervised_index) != len(logits):
-            logits = logits[batch.supervised_index]
-        return Supervised(logits.float(), labels)
+        return Supervised(_kept(logits, batch.supervised_index).float(), labels)
     documents = document_groups(batch.cu_seqlens, batch.input_ids.device)
     output = model(
         input_ids=batch.input_ids,
@@ -71,4 +69,9 @@ def supervised_logits(model: torch.nn.Module | Any, batch: PackedBatch) -> Super
         logits_to_keep=batch.supervised_index,
         lmlab_documents=documents,
     )
-    return Supervised(output.logits[0].float(), labels)
+    return Supervised(_kept(output.logits[0], batch.supervised_index).float(), labels)
+
+
+def _kept(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows of ``index``; all of ``logits`` where the model's head has already left out the others."""
+    return logits if len(logits) == len(index) else logits[index]

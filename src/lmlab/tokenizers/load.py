@@ -4,8 +4,9 @@ A local value never leads to the network, and a directory whose tokenizer is a p
 exactly as the file says: `AutoTokenizer` would replace it by a model family's own class (and its word pattern)
 when a config.json of certain families, Qwen2 among them, lies beside it.
 
-Trade-off: only fast tokenizers (with a tokenizer.json) encode documents, since labels come from character
-offsets and the slow ones have none.
+GPT-2's vocabulary and merges and sentencepiece's tokenizer.model are converted (`convert`).
+
+Trade-off: only fast tokenizers encode documents, since labels come from character offsets and the slow ones have none.
 """
 
 from __future__ import annotations
@@ -13,11 +14,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmlab import registry
 from lmlab.records import UserError
+from lmlab.tokenizers.convert import (
+    PAIRS,
+    from_sentencepiece,
+    from_vocab_and_merges,
+    pair_in,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,7 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json")
-OTHER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
+OTHER_FILES = ("vocab.txt", "tekken.json")
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 ROLES = {
     "eos_token": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>"),
@@ -39,26 +49,39 @@ ROLES = {
 
 @registry.tokenizers.register
 class FromModelTokenizer(registry.Config):
-    """The tokenizer that lies with the model."""
+    """The tokenizer that lies with the model.
+
+    Attributes:
+        added_tokens: special tokens that its text uses, see `add_tokens`. The model's embedding grows to hold those
+            that are new, and the rows of all of them are trained, under an adapter too.
+    """
 
     kind: Literal["from_model"]
+    added_tokens: list[str]
 
 
 @registry.tokenizers.register
 class FileTokenizer(registry.Config):
-    """A tokenizer on disk: a directory, or a tokenizer.json."""
+    """A tokenizer on disk.
+
+    Attributes:
+        path: a directory, a tokenizer.json, a sentencepiece tokenizer.model, or a vocab.json with its merges.txt.
+        added_tokens: as for `FromModelTokenizer`.
+    """
 
     kind: Literal["file"]
     path: str
+    added_tokens: list[str]
 
 
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer at ``path``: a directory, a tokenizer.json, or a hub name.
+    """The tokenizer at ``path``: a directory, one of the files below, or a hub name.
 
-    A `Path`, and a string that starts with ``.``, ``/`` or ``~``, ends in ``.json`` or lies in an existing
-    directory, is local. Without a connection a hub name is served from the local cache.
+    Files are a tokenizer.json, a sentencepiece .model, or one of vocab.json and merges.txt (encoder.json and
+    vocab.bpe) beside the other. A `Path`, and a string that starts with ``.``, ``/`` or ``~``, ends in ``.json`` or
+    lies in an existing directory, is local. Without a connection a hub name is served from the local cache.
 
     Raises:
         UserError: nothing there, no or broken tokenizer files, or the hub does not have it or is out of reach.
@@ -94,12 +117,17 @@ def _load_from_disk(place: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if place.is_file():
-        _read_json(place)
-        return _with_roles(PreTrainedTokenizerFast(tokenizer_file=str(place)), str(place))
+        return _load_file(place)
+    if not (place / "tokenizer.json").is_file() and (converted := _convert_folder(place)) is not None:
+        return converted
     if not any((place / name).is_file() for name in JSON_FILES + OTHER_FILES):
-        fix = "a directory needs " + " and ".join(JSON_FILES)
+        fix = (
+            "a directory needs "
+            + " and ".join(JSON_FILES)
+            + ", tokenizer.model, or vocab.json and merges.txt"
+        )
         raise UserError("no tokenizer files", where=str(place), fix=fix)
-    read = {name: _read_json(place / name) for name in JSON_FILES if (place / name).is_file()}
+    read = {name: read_settings(place, name) for name in JSON_FILES if (place / name).is_file()}
     settings = read.get("tokenizer_config.json", {})
     if "tokenizer.json" in read and not settings and not (place / "config.json").is_file():
         return _with_roles(PreTrainedTokenizerFast(tokenizer_file=str(place / "tokenizer.json")), str(place))
@@ -108,14 +136,24 @@ def _load_from_disk(place: Path, trust_remote_code: bool) -> PreTrainedTokenizer
     return loader.from_pretrained(str(place), local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors too
-        raise UserError(f"broken JSON: {error}", where=str(file), fix="restore or save it again") from error
-    return content
+def _load_file(file: Path) -> PreTrainedTokenizerBase:
+    from transformers import PreTrainedTokenizerFast
+
+    if file.suffix == ".model":
+        return from_sentencepiece(file)
+    if any(file.name in names for names in PAIRS) and (pair := pair_in(file.parent)) is not None:
+        return from_vocab_and_merges(*pair, ROLES)
+    read_settings(file.parent, file.name)  # says where broken JSON is broken
+    return _with_roles(PreTrainedTokenizerFast(tokenizer_file=str(file)), str(file))
+
+
+def _convert_folder(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder without tokenizer.json, None if it holds no file that is converted here."""
+    for name in SENTENCEPIECE_FILES:
+        if (folder / name).is_file():
+            return from_sentencepiece(folder / name)
+    pair = pair_in(folder)
+    return None if pair is None else from_vocab_and_merges(*pair, ROLES)
 
 
 def _with_roles(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
@@ -193,6 +231,8 @@ def encode_document(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Ids of ``text`` and the characters each stands for, from one call; at most one BOS, at ``(0, 0)``.
 
+    None is added to a text that begins, white space apart, with the BOS token.
+
     No character falls between two spans: joined they give the text (but for what a normalizer drops at its end).
     Spans may overlap: tokens that share a character (bytes of it, a ``▁`` put before the text) all span it.
 
@@ -217,7 +257,8 @@ def encode_document(
         bos = tokenizer.bos_token_id
         if not isinstance(bos, int):
             raise UserError("the tokenizer has no BOS token", where="tokenizer", fix="encode without one")
-        if ids[:1] != [bos]:
+        # A chat template often brings its own, some after a newline or a space.
+        if not (text.lstrip().startswith(str(tokenizer.bos_token)) and bos in ids):
             return [bos, *ids], [(0, 0), *offsets]
     return ids, offsets
 
@@ -236,14 +277,52 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
-    """Make sure that every id has an embedding row; a tokenizer smaller than the model is fine.
+def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Embedding rows that hold every id; more than ``len(tokenizer)`` for a vocabulary with gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Make every one of ``tokens`` a special token and return their ids, in that order.
+
+    New ones get the ids after the largest. One that is there already keeps its id.
 
     Raises:
-        UserError: the tokenizer has ids at or above ``vocab_size``; the message names the largest.
+        UserError: an empty or repeated token, or one with outer spaces.
+    """
+    from transformers.tokenization_utils_base import AddedToken
+
+    where = "tokenizer.added_tokens"
+    if len(set(tokens)) < len(tokens):
+        raise UserError(f"repeated token in {list(tokens)}", where=where, fix="name each once")
+    for token in tokens:
+        if not token or token != token.strip():
+            raise UserError(f"bad token {token!r}", where=where, fix="not empty, no outer spaces")
+    known = tokenizer.get_vocab()
+    there = [token for token in tokens if token in known]
+    if there:
+        log.info("the tokenizer has %s already; nothing new is added for it", ", ".join(there))
+    marks = [AddedToken(token, normalized=False, special=True) for token in tokens]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    ids = tokenizer.get_vocab()
+    return [ids[token] for token in tokens]
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str, *, added: Collection[str] = ()
+) -> None:
+    """Make sure that every id has an embedding row; a tokenizer smaller than the model is fine.
+
+    Args:
+        added: tokens for which the embedding will be enlarged.
+
+    Raises:
+        UserError: other tokens have ids at or above ``vocab_size``; the message names the largest.
     """
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+    beyond = [(i, token) for i, token in beyond if token not in added]
     if beyond:
         largest = ", ".join(f"{token!r}={i}" for i, token in beyond[:-4:-1])
         what = f"{len(beyond)} token(s) beyond the model's {vocab_size} embedding rows, the largest {largest}"
-        raise UserError(what, where=where, fix="use the tokenizer of the model (tokenizer=from_model)")
+        fix = "use the tokenizer of the model (tokenizer=from_model), or name them in tokenizer.added_tokens"
+        raise UserError(what, where=where, fix=fix)

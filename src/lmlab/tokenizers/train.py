@@ -1,21 +1,22 @@
 """Train a byte-level BPE tokenizer on a stream of texts.
 
-Text is cut into words by GPT-2's pattern, each word becomes its UTF-8 bytes (256 letters that are always in
-the vocabulary), and the most frequent neighbouring pair is merged until ``vocab_size`` is reached; the counting
-is the `tokenizers` library's. With all bytes present and no normalizer nothing is unknown and decoding gives
-back the text.
+Text is cut into words by a pattern, each word becomes its UTF-8 bytes (256 letters that are always in the
+vocabulary), and the most frequent neighbouring pair is merged until ``vocab_size`` is reached; the counting is the
+`tokenizers` library's. With all bytes present and no normalizer nothing is unknown and decoding gives back the text.
 
 Ids: special tokens from 0, then the bytes, then the merges in the order they were learned.
 
 Trade-off: the word counts are held in memory (they grow with the distinct words, not with the text), and
-``max_chars`` caps the text; more text rarely changes a vocabulary of this size.
+``max_chars`` caps the text; more text rarely changes a vocabulary of this size. Texts of any size are handed over in
+pieces cut where every pattern ends a word, so that the words stay those of the whole text.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import Field
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BYTES = 256
+PIECE_CHARS = 2**16
+PreTokenizerName = Literal["gpt2", "digits", "llama3", "whitespace", "lines"]
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Llama 3's tokenizer.json, which takes over that of GPT-4 (tiktoken's cl100k_base)."""
 PAD_TOKEN = "<|pad|>"
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 DEFAULT_CHAT_TEMPLATE = (
@@ -47,10 +52,11 @@ class BPETokenizer(registry.Config):
 
     kind: Literal["bpe"]
     vocab_size: int = Field(gt=256)
-    pre_tokenizer: Literal["gpt2", "digits"]
+    pre_tokenizer: PreTokenizerName
     min_frequency: int = Field(ge=1)
     special_tokens: list[str] = Field(min_length=1)
     max_chars: int = Field(ge=1)
+    max_token_length: int | None = Field(ge=2)
 
 
 def train_bpe(
@@ -61,6 +67,7 @@ def train_bpe(
     min_frequency: int,
     special_tokens: list[str],
     max_chars: int,
+    max_token_length: int | None = None,
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on ``texts``; the same texts give the same tokenizer.json.
@@ -69,10 +76,13 @@ def train_bpe(
         texts: read once, in order, up to ``max_chars``; the text that crosses the limit is cut there.
         vocab_size: all tokens together, specials and bytes included. A small corpus may hold fewer pairs than
             that: the result is then smaller (``len(tokenizer)``) and a warning says so.
-        pre_tokenizer: ``gpt2``, or ``digits`` (the same with every digit on its own).
+        pre_tokenizer: what a merge never crosses. ``gpt2``: that model's words; ``digits``: the same with every digit
+            on its own; ``llama3``: that model's words, at most three digits together; ``whitespace``: a run of
+            anything else with the space before it; ``lines``: line ends only, so that tokens hold several words.
         min_frequency: a pair that occurs less often is never merged.
         special_tokens: ids from 0 in this order. The first is EOS; padding is ``<|pad|>`` if listed, else EOS.
         max_chars: character budget.
+        max_token_length: no merge makes a longer token, in bytes; None for no limit.
         chat_template: Jinja; None attaches `DEFAULT_CHAT_TEMPLATE` if its two tokens are among the specials.
 
     Raises:
@@ -92,8 +102,9 @@ def train_bpe(
         special_tokens=special_tokens,  # pyright: ignore[reportArgumentType]
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
+        max_token_length=max_token_length,
     )
-    budget = _Budget(texts, max_chars)
+    budget = TextBudget(texts, max_chars, after_lines=pre_tokenizer == "lines")
     try:
         backend.train_from_iterator(budget, trainer)
     except UnicodeEncodeError as error:
@@ -112,17 +123,30 @@ def train_bpe(
     return _wrap(backend, special_tokens, chat_template)
 
 
-class _Budget:
-    """The texts up to ``limit`` characters, counting what was handed on."""
+class TextBudget:
+    """The texts up to ``limit`` characters in pieces of about `PIECE_CHARS`, counting what was handed on.
 
-    def __init__(self, texts: Iterable[str], limit: int) -> None:
+    Args:
+        after_lines: cut after a newline; else before a space or newline that follows a letter or digit, where every
+            pattern but ``lines`` ends a word. A text without such a place stays whole.
+    """
+
+    def __init__(self, texts: Iterable[str], limit: int, *, after_lines: bool = False) -> None:
         self.texts, self.limit, self.used = texts, limit, 0
+        self.places = re.compile(r"(?<=\n)" if after_lines else r"(?<=[^\W_])(?=[ \n])")
 
     def __iter__(self) -> Iterator[str]:
         for text in self.texts:
-            piece = text[: self.limit - self.used]
-            self.used += len(piece)
-            yield piece
+            end = min(len(text), self.limit - self.used)
+            start = 0
+            while start < end:
+                found = (
+                    self.places.search(text, start + PIECE_CHARS, end) if end - start > PIECE_CHARS else None
+                )
+                stop = found.end() if found else end
+                self.used += stop - start
+                yield text[start:stop]
+                start = stop
             if self.used >= self.limit:
                 return
 
@@ -161,19 +185,27 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
     """The library's pre-tokenizer for our name.
 
     Raises:
-        UserError: the name is neither ``gpt2`` nor ``digits``.
+        UserError: it is none of `PreTokenizerName`.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import Regex, pre_tokenizers
 
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     if name == "gpt2":
         return words
-    if name == "digits":
-        # Digits before words, as StarCoder has it: a form that other runtimes (llama.cpp) know too.
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
-    raise UserError(
-        f"unknown pre_tokenizer '{name}'", where="tokenizer.pre_tokenizer", fix="one of gpt2, digits"
-    )
+    # Each before the bytes, as StarCoder and Llama 3 have it: forms that other runtimes (llama.cpp) know too.
+    cuts = {
+        "digits": lambda: pre_tokenizers.Digits(individual_digits=True),
+        "llama3": lambda: pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+        "whitespace": lambda: pre_tokenizers.Split(Regex(r" ?\S+|\s+(?!\S)|\s+"), "isolated"),
+        "lines": lambda: pre_tokenizers.Split("\n", "merged_with_previous"),
+    }
+    if name not in cuts:
+        names = ", ".join(get_args(PreTokenizerName))
+        raise UserError(
+            f"unknown pre_tokenizer '{name}'", where="tokenizer.pre_tokenizer", fix=f"one of {names}"
+        )
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([cuts[name](), words if name == "digits" else bytes_only])
 
 
 def _wrap(

@@ -22,6 +22,7 @@ from markupsafe import Markup
 from lmlab.records import UserError
 from lmlab.tracking import plots
 from lmlab.tracking.plots import short
+from lmlab.tracking.values import as_written, counted, flatten, shown, visible
 
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "summary.json", "data_report.json", "config.yaml", "run.json")
 EARLIER_STEPS = 24
@@ -29,8 +30,6 @@ EARLIER_STEPS = 24
 
 _WENT_WELL = {"finished", "completed", "complete", "success", "succeeded", "ok", "done"}
 _WENT_WRONG = {"failed", "error", "crashed", "killed", "nonfinite", "diverged"}
-# Generated text may hold any character; those that are invisible or not allowed in HTML are shown as pictures.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def read_run(run_dir: Path) -> RunFiles:
         values = [(row["step"], plots.number(row[name])) for row in run.metrics if name in row]
         bad = [step for step, value in values if value is None or not math.isfinite(value)]
         if bad:
-            run.notices.append(f"{name} is not a finite number at {_count(len(bad), 'log point')}, first at step "
+            run.notices.append(f"{name} is not a finite number at {counted(len(bad), 'log point')}, first at step "
                                f"{bad[0]}. The curves leave these out.")  # fmt: skip
     return run
 
@@ -154,42 +153,8 @@ def _read_lines(run: RunFiles, name: str) -> list[dict[str, Any]]:
             f"The last line of {name} is cut off (line {bad.pop()}): that line alone is ignored."
         )
     if bad:
-        run.notices.append(f"{name}: {_count(len(bad), 'broken line')} ignored, the first is line {bad[0]}.")
+        run.notices.append(f"{name}: {counted(len(bad), 'broken line')} ignored, the first is line {bad[0]}.")
     return rows
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested objects as one level with ``/`` between the names; lists of plain values become one text."""
-    if isinstance(value, (Mapping, list)) and not value and prefix:
-        return {prefix[:-1]: "none"}
-    if isinstance(value, Mapping):
-        return {k: v for name, part in value.items() for k, v in flatten(part, f"{prefix}{name}/").items()}
-    if isinstance(value, list) and any(isinstance(part, (Mapping, list)) for part in value):
-        return {
-            k: v for place, part in enumerate(value) for k, v in flatten(part, f"{prefix}{place}/").items()
-        }
-    return {prefix[:-1]: " ".join(map(str, value)) if isinstance(value, list) else value}
-
-
-def shown(value: Any) -> str:
-    """A JSON value as a table cell."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    return short(value) if isinstance(value, (int, float)) else str(value)
-
-
-def _as_written(value: Any) -> str:
-    """A value for looking up and copying: a seed or hash must not be rounded or grouped."""
-    return "–" if value is None or value == "" else shown(value) if isinstance(value, bool) else str(value)
-
-
-def visible(text: Any) -> str:
-    """Text with its control characters made visible; line breaks and tabs stay."""
-    return str(text).translate(_VISIBLE)
-
-
-def _count(amount: int, what: str) -> str:
-    return f"{amount:,} {what}{'' if amount == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:
@@ -368,7 +333,7 @@ def render(run: RunFiles) -> str:
         preview=run.preview,
         config=run.config,
         summary=[
-            (name, _as_written(value)) for name, value in flatten(run.summary).items() if name != "traceback"
+            (name, as_written(value)) for name, value in flatten(run.summary).items() if name != "traceback"
         ],
-        environment=[(name, _as_written(value)) for name, value in flatten(run.run).items()],
+        environment=[(name, as_written(value)) for name, value in flatten(run.run).items()],
     )

@@ -135,12 +135,14 @@ class CausalLMModule(LightningModule):
         window, self._window = self._window, None
         if self.trainer.world_size > 1:
             dist.all_reduce(window)
-        factor = (
-            self.trainer.world_size * self.trainer.accumulate_grad_batches * SCALE / window[1].clamp(min=1)
-        )
-        gradients = [p.grad for p in self._trainable if p.grad is not None]
-        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
-        self._last_window = window
+        self._last_window = window.tolist()
+        batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        # A step without any supervised token has zeros. The factor is a Python number and not a foreach product, so that
+        # the product is made in fp32 whatever the gradients' type: in bf16 the factor alone would be 0.4 % off.
+        factor = batches * SCALE / max(1.0, self._last_window[1])
+        for parameter in self._trainable:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def configure_gradient_clipping(
         self,
@@ -150,7 +152,7 @@ class CausalLMModule(LightningModule):
     ) -> None:
         """Clip by the global norm, remember it, and stop or skip where it is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self._trainable, gradient_clip_val or math.inf)
-        loss, supervised, tokens, context = self._last_window.tolist()
+        loss, supervised, tokens, context = self._last_window
         value = float(norm)
         if not math.isfinite(value):
             self._nonfinite(value, loss / max(1, supervised))

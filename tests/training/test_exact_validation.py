@@ -1,0 +1,116 @@
+"""Validation's figures are those of each record once, whatever the batch size, the layout and the number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exact import (
+    SEED,
+    on_two_ranks,
+    options,
+    prepared_data,
+    sft_module,
+    tiny_model,
+    trainer_for,
+    write_records,
+)
+
+from lmlab.data.prepare import PreparedData
+from lmlab.models.attention import use_packed_attention
+from lmlab.training.datamodule import LMDataModule
+
+pytestmark = pytest.mark.parity
+RELATIVE = 1e-6  # fp32 within a batch, fp64 between them; 1e-7 measured
+# Validation records -> records read. Two ranks cannot share 7 or 1 evenly; with 1, one of them has none.
+SPLITS = {7: 30, 1: 3, 16: 67}
+CASES: list[tuple[int, int, str]] = list(itertools.product(SPLITS, (1, 3, 8), ("flat", "padded")))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for count, records in SPLITS.items():
+        write_records(folder / f"{count}.jsonl", records)
+    return folder
+
+
+def data(folder: Path, count: int) -> PreparedData:
+    return prepared_data(folder / f"{count}.jsonl")
+
+
+def validated(prepared: PreparedData, batch_size: int, layout: str, root: Path, *, ranks: int = 1) -> Any:
+    """(metrics, tokens this rank counted) of one validation through Lightning."""
+    module = sft_module(tiny_model(), supervised_bytes=prepared.meta["report"]["val"]["supervised_bytes"])
+    if layout == "flat":
+        use_packed_attention(module.model)
+    seen: dict[str, float] = {}
+    module.on_metrics = seen.update
+    counted: list[int] = []
+    update = module._val_tokens.update
+    module._val_tokens.update = lambda value: (counted.append(int(value)), update(value))  # type: ignore[method-assign]
+    chosen = options(1, 1, val_batch_size=batch_size, devices=ranks)
+    trainer = trainer_for(chosen, root, world_size=ranks)
+    trainer.validate(module, LMDataModule(prepared, chosen, seed=SEED, flat=layout == "flat"), verbose=False)
+    return seen, counted
+
+
+def plain(prepared: PreparedData) -> tuple[float, int, int]:
+    """(nll in nats, supervised tokens, records) by a loop over the records."""
+    model, rows = tiny_model().double(), prepared.rows("val")
+    nll, tokens = 0.0, 0
+    with torch.no_grad():
+        for index in range(len(rows)):
+            logits = model(input_ids=rows[index].input_ids[None]).logits[0]
+            nll += float(torch.nn.functional.cross_entropy(logits, rows[index].labels, reduction="sum"))
+            tokens += int((rows[index].labels != -100).sum())
+    return nll, tokens, len(rows)
+
+
+def check(seen: dict[str, float], prepared: PreparedData, count: int) -> int:
+    nll, tokens, records = plain(prepared)
+    assert records == count
+    assert seen["val/loss"] == pytest.approx(nll / tokens, rel=RELATIVE)
+    assert seen["val/perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+    supervised_bytes = prepared.meta["report"]["val"]["supervised_bytes"]
+    assert seen["val/bits_per_byte"] == pytest.approx(nll / math.log(2) / supervised_bytes, rel=RELATIVE)
+    return tokens
+
+
+@pytest.mark.parametrize(("count", "batch_size", "layout"), CASES)
+def test_against_torch_loop_one_rank(
+    folder: Path, tmp_path: Path, count: int, batch_size: int, layout: str
+) -> None:
+    prepared = data(folder, count)
+    seen, counted = validated(prepared, batch_size, layout, tmp_path)
+    assert sum(counted) == check(seen, prepared, count), "a record twice, or not at all"
+
+
+def rank_validations(folder: str, root: str) -> list[Any]:
+    """Runs on each of two ranks."""
+    return [
+        validated(data(Path(folder), count), batch_size, layout, Path(root), ranks=2)
+        for count, batch_size, layout in CASES
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[Any]]:
+    return on_two_ranks(rank_validations, str(folder), str(tmp_path_factory.mktemp("ranks")))
+
+
+@pytest.mark.parametrize(("count", "batch_size", "layout"), CASES)
+def test_against_torch_loop_two_ranks(
+    folder: Path, two_ranks: list[list[Any]], count: int, batch_size: int, layout: str
+) -> None:
+    prepared = data(folder, count)
+    results = [rank[CASES.index((count, batch_size, layout))] for rank in two_ranks]
+    for seen, _ in results:
+        tokens = check(seen, prepared, count)
+        assert sum(sum(counted) for _, counted in results) == tokens, "a record twice, or not at all"
+    batches = [len(counted) for _, counted in results]
+    assert batches[0] == batches[1], "one rank would wait for the other"
