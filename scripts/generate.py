@@ -16,6 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="generate.py", description=__doc__)
     parser.add_argument("model", help="a run's directory, an adapter, a model directory or a hub id")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument(
+        "--system", help="a system message before each prompt, for models trained on conversations"
+    )
     parser.add_argument("--prompts-file", help="one prompt a line, or .jsonl with a prompt field")
     parser.add_argument(
         "--sampler", help="greedy, temperature, top_k, top_p, top_p_temperature (default: the run's own)"
@@ -40,8 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from lmlab.data.formats import render_prompt
-
     prompts = _prompts(options)
     sampler_values = _sampler_values(options)
     from lmlab.assemble import load_for_use
@@ -49,11 +50,10 @@ def _generate(options: argparse.Namespace) -> int:
 
     usable = load_for_use(options.model, accelerator=options.accelerator, use_best=options.best)
     sampler = load_sampler({**(usable.sampler if options.sampler is None else {}), **sampler_values})
-    full = (
-        prompts
-        if options.raw or not usable.template
-        else [render_prompt(usable.template, p) for p in prompts]
-    )
+    if options.raw:
+        full = prompts
+    else:
+        full = [usable.prompting(prompt, system=options.system) for prompt in prompts]
     seeds = [options.seed + index for index in range(len(prompts))]
     texts = usable.generator(full, sampler=sampler, seeds=seeds)
     rows = [
@@ -73,11 +73,8 @@ def _generate(options: argparse.Namespace) -> int:
         )
         print(options.out)
         return 0
-    for row in rows:
-        print(
-            (row["prompt"] if usable.template is None or options.raw else f"> {row['prompt']}\n")
-            + row["text"]
-        )
+    for row, given in zip(rows, full, strict=True):
+        print((given if given == row["prompt"] else f"> {row['prompt']}\n") + row["text"])
     return 0
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmlab.data.prepare import PreparedData
+from lmlab.data.chat import end_mark
+from lmlab.data.chat_templates import chat_renderer, special_tokens, use_chat_template
+from lmlab.data.formats import Prompting
+from lmlab.data.prepared import PreparedData
 from lmlab.journal import RunDir, read_json, write_json
 from lmlab.records import UserError
 
@@ -34,6 +37,7 @@ class BuiltModel:
     Attributes:
         flat: whether it takes flat rows (packed attention).
         optim: the optimizer's config in force.
+        prompting: from a question of one's own to what the model is given.
         save_weights: writes ``adapter/`` or ``model/`` into the folder it is given.
         figures: parameters and stored bits, for summary.json.
     """
@@ -42,6 +46,7 @@ class BuiltModel:
     flat: bool
     optim: OptimConfig
     generator: TextGenerator
+    prompting: Prompting
     save_weights: Callable[[Path], None]
     figures: dict[str, Any]
 
@@ -92,14 +97,18 @@ def build_for_training(
     if config.trainer.compile:
         model.compile(dynamic=True)  # in place, so that parameter names stay as they are
     meter.start(None)
-    info = weights_info(run, config, base_path=base_path, fingerprint=fingerprint)
+    info = weights_info(run, config, tokenizer, base_path=base_path, fingerprint=fingerprint)
+    prompting = _prompting(info, tokenizer)
+    generator = _text_generator(model, tokenizer, hardware, generation_config, standard, prompting)
+    if prompting.render_chat is not None and generation_config is not None:
+        # A full model's is saved with it: others stop there too.
+        generation_config.eos_token_id = sorted(generator.eos_token_ids)
     return BuiltModel(
         model,
         flat=flat,
         optim=_effective_optim(config, hardware, say),
-        generator=_text_generator(
-            model, tokenizer, hardware, eos=_eos_ids(tokenizer, generation_config), attn=standard
-        ),
+        generator=generator,
+        prompting=prompting,
         save_weights=lambda folder: save_weights(model, tokenizer, folder, base_path=base_path, info=info),
         figures=figures,
     )
@@ -163,15 +172,26 @@ def eos_id(tokenizer: Any) -> int | None:
     return None if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
 
 
-def _eos_ids(tokenizer: Any, generation_config: Any) -> set[int]:
-    """Whatever ends a text: the tokenizer's EOS and those the model's own generation config adds."""
+def _stop_ids(tokenizer: Any, generation_config: Any, prompting: Prompting) -> set[int]:
+    """Whatever ends a text: the tokenizer's EOS, those of the model's generation config, a chat template's end mark."""
     configured = getattr(generation_config, "eos_token_id", None)
     ids = {configured} if isinstance(configured, int) else set(configured or ())
+    mark = end_mark(prompting.render_chat) if prompting.render_chat is not None else ""
+    if mark in special_tokens(tokenizer):
+        ids.add(tokenizer.convert_tokens_to_ids(mark))
     return {int(i) for i in (eos_id(tokenizer), *ids) if i is not None}
 
 
+def _prompting(info: dict[str, Any], tokenizer: Any) -> Prompting:
+    """As the weights of ``info`` (lmlab.json) were trained; {} for those of others, which take a text as it is."""
+    chat = info.get("format") == "messages"
+    if chat:
+        use_chat_template(tokenizer, info.get("chat_template"))
+    return Prompting(info.get("template"), chat_renderer(tokenizer) if chat else None)
+
+
 def _text_generator(
-    model: Any, tokenizer: Any, hardware: Hardware, *, eos: Collection[int], attn: str
+    model: Any, tokenizer: Any, hardware: Hardware, generation_config: Any, attn: str, prompting: Prompting
 ) -> TextGenerator:
     import torch
 
@@ -179,7 +199,10 @@ def _text_generator(
     from lmlab.models.attention import attention
     from lmlab.tokenizers import adds_bos, encode_document
 
-    add_bos = adds_bos(tokenizer)
+    # As in training: of a conversation the chat template writes BOS.
+    chat = prompting.render_chat
+    add_bos = adds_bos(tokenizer) and chat is None
+    mark = end_mark(chat) if chat is not None else ""
 
     @contextmanager
     def around() -> Any:
@@ -192,14 +215,20 @@ def _text_generator(
     return TextGenerator(
         model,
         encode=lambda text: list(encode_document(tokenizer, text, add_bos=add_bos)[0]),
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-        eos_token_ids=eos,
+        # An end mark of several tokens is no stop id: EOS follows it, and it is text until then.
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True).removesuffix(mark),
+        eos_token_ids=_stop_ids(tokenizer, generation_config, prompting),
         around=around,
     )
 
 
 def weights_info(
-    run: RunDir, config: RunConfig, *, base_path: str | None, fingerprint: dict[str, str] | None
+    run: RunDir,
+    config: RunConfig,
+    tokenizer: Any,
+    *,
+    base_path: str | None,
+    fingerprint: dict[str, str] | None,
 ) -> dict[str, Any]:
     """What stands in lmlab.json beside saved weights: enough to use them as they were trained."""
     meta = PreparedData.load(Path(read_json(run.info)["prepared"])).meta
@@ -207,6 +236,7 @@ def weights_info(
         "task": config.task,
         "format": meta["format"],
         "template": meta["template"],
+        "chat_template": tokenizer.chat_template if meta["format"] == "messages" else None,
         "base": base_path,
         "base_revision": getattr(config.model, "revision", None),
         "base_fingerprint": fingerprint,
@@ -246,12 +276,12 @@ class UsableModel:
     """A trained model for scripts.
 
     Attributes:
-        template: Jinja source of the prompt it was trained with; None for plain text.
+        prompting: from a question to the prompt as it was trained.
         sampler: the sampler of its run, as plain values; {} if it has none.
     """
 
     generator: TextGenerator
-    template: str | None
+    prompting: Prompting
     sampler: dict[str, Any]
 
 
@@ -279,14 +309,10 @@ def load_for_use(name_or_path: str, *, accelerator: str = "auto", use_best: bool
         model, tokenizer = _load_plain(str(path) if path is not None else name_or_path, hardware)
         generation_config = model.generation_config
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    generator = _text_generator(
-        model.eval(),
-        tokenizer,
-        hardware,
-        eos=_eos_ids(tokenizer, generation_config),
-        attn=base.config._attn_implementation,
-    )
-    return UsableModel(generator, info.get("template"), info.get("sampler") or {})
+    prompting = _prompting(info, tokenizer)
+    attn = base.config._attn_implementation
+    generator = _text_generator(model.eval(), tokenizer, hardware, generation_config, attn, prompting)
+    return UsableModel(generator, prompting, info.get("sampler") or {})
 
 
 def _weights_folder(path: Path, *, use_best: bool) -> Path | None:

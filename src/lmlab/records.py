@@ -77,12 +77,14 @@ class Document:
     Attributes:
         segments: joined, they are the whole text of the example.
         ends: whether EOS follows (and is trained) after the last segment.
+        bos: whether the tokenizer's BOS may be put before; of a conversation the chat template alone is in charge.
         prompt: the text generation starts from; None for plain text.
         response: the reference answer; None for plain text.
     """
 
     segments: tuple[Segment, ...]
     ends: bool = True
+    bos: bool = True
     prompt: str | None = None
     response: str | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lmlab.config.schema import RunConfig, mixed_precision_instead, world_size
-from lmlab.data.formats import render_prompt
-from lmlab.data.prepare import PreparedData
+from lmlab.data.formats import Prompting
+from lmlab.data.prepared import PreparedData
 from lmlab.journal import Journal, RunDir, read_json, write_json
 from lmlab.records import Sample
 
@@ -95,6 +96,9 @@ class Session:
         self._print_start(built, prepared, hardware, max_steps)
         resume_from, step = self._resume_from()
         if self.rank == 0:
+            if resume_from is None:
+                self.tracker.data(prepared.meta["report"], prepared.examples)
+            self._report()  # the data section, to be looked at while the run goes
             self.log(step, meter.read())
         return self._fit(built, prepared, hardware, meter, max_steps, resume_from)
 
@@ -131,7 +135,7 @@ class Session:
         stop = GracefulStop(save=checkpoints.save)
         samples = SampleGrid(
             built.generator,
-            prompts=sample_prompts(config, prepared),
+            prompts=sample_prompts(config, prepared, built.prompting),
             grid={name: config.samplers[name] for name in config.samples.grid},
             seed=config.samples.seed,
             every_n_steps=config.samples.every_n_steps,
@@ -151,7 +155,13 @@ class Session:
             world_size=world_size(config),
         )
         result = fitting.fit(
-            trainer, module, datamodule, checkpoints=checkpoints, stop=stop, resume_from=resume_from
+            trainer,
+            module,
+            datamodule,
+            checkpoints=checkpoints,
+            stop=stop,
+            resume_from=resume_from,
+            test="test" in prepared.meta["report"],
         )
         self.figures.update(
             {"steps": result.steps, "best/val_loss": result.best_loss, "best/step": result.best_step}
@@ -166,6 +176,7 @@ class Session:
         asked = meta["val_prompts"] if meta["format"] != "text" else []
         validation = Validation(
             supervised_bytes=meta["report"]["val"]["supervised_bytes"],
+            test_bytes=meta["report"].get("test", {}).get("supervised_bytes", 0),
             prompts=[p["prompt"] for p in asked],
             references=[p["response"] for p in asked],
             metrics=config.metrics,
@@ -230,14 +241,10 @@ class Session:
     def _print_start(self, built: Any, prepared: PreparedData, hardware: Any, max_steps: int) -> None:
         if self.rank != 0:
             return
-        config, report = self.config, prepared.meta["report"]
-        figures = self.figures
+        from lmlab.tracking.terminal import print_data
+
+        config, report, figures = self.config, prepared.meta["report"], self.figures
         trained = figures["model/params_trainable"] / figures["model/params_total"]
-        dropped = sum(report["records_dropped"].values())
-        notes = [
-            f"{dropped} dropped" if dropped else "",
-            f"{report['records_truncated']} truncated" if report["records_truncated"] else "",
-        ]
         rows = [
             ("task", f"{config.task}, seed {config.seed}"),
             (
@@ -251,8 +258,7 @@ class Session:
             (
                 "data",
                 f"{config.data.kind} as {prepared.meta['format']}: {report['train']['records']:,} + {report['val']['records']:,} validation records, "
-                f"{report['tokens']:,} tokens, {report['supervised_tokens'] / max(1, report['tokens']):.0%} trained"
-                + "".join(f", {note}" for note in notes if note),
+                f"{report['tokens']:,} tokens, {report['supervised_tokens'] / max(1, report['tokens']):.0%} trained",
             ),
             (
                 "steps",
@@ -267,13 +273,16 @@ class Session:
             ("output", os.path.relpath(self.run.path)),
         ]
         table = Table(show_header=False, box=None, pad_edge=False)
-        table.add_column(style="bold")
+        table.add_column(style="bold", min_width=8)  # as wide as that of the data block below it
         table.add_column(overflow="fold")
         for name, value in rows:
             table.add_row(name, value)
         self.console.print(table, highlight=False)
         for note in self._notes(prepared, max_steps):
             self.say(f"note: {note}")
+        preview = os.path.relpath(self.run.mask_preview)
+        masked = config.task == "sft"
+        print_data(self.console, report, prepared.examples, masked=masked, preview=preview)
 
     def _notes(self, prepared: PreparedData, max_steps: int) -> list[str]:
         """Settings that are allowed and probably not meant."""
@@ -351,26 +360,30 @@ class Session:
             self.say(f"report: {where}/report.html")
 
 
-def sample_prompts(config: RunConfig, prepared: PreparedData) -> list[tuple[str, str]]:
+def sample_prompts(config: RunConfig, prepared: PreparedData, prompting: Prompting) -> list[tuple[str, str]]:
     """(what a person reads, what the model is given) for the sample grid; own prompts go through the template."""
-    chosen, meta = config.samples.prompts, prepared.meta
+    chosen = config.samples.prompts
     if isinstance(chosen, int):
-        asked = meta["val_prompts"]
+        asked = prepared.meta["val_prompts"]
         # Spread over the split: neighbours often come from one group and look alike.
         count = min(chosen, len(asked))
         picked = [asked[i * len(asked) // count] for i in range(count)]
-        return [(_shown(p["prompt"], meta["template"]), p["prompt"]) for p in picked]
-    template = meta["template"]
-    return [(text, render_prompt(template, text) if template else text) for text in chosen]
+        return [(_shown(p["prompt"], prompting), p["prompt"]) for p in picked]
+    return [(text, prompting(text)) for text in chosen]
 
 
-def _shown(prompt: str, template: str | None) -> str:
-    """A prompt without its template's headings, for tables."""
-    if template is None:
+MARKS = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+
+
+def _shown(prompt: str, prompting: Prompting) -> str:
+    """A prompt without its template's headings and marks, for tables."""
+    if prompting.render_chat is not None:
+        lines = [line for line in MARKS.sub("\n", prompt).splitlines() if line.strip()]
+    elif prompting.template is not None:
+        headings = ("### ", "Below is")
+        lines = [line for line in prompt.splitlines() if line.strip() and not line.startswith(headings)]
+    else:
         return prompt
-    lines = [
-        line for line in prompt.splitlines() if line.strip() and not line.startswith(("### ", "Below is"))
-    ]
     return "\n".join(lines) or prompt
 
 

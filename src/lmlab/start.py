@@ -8,6 +8,7 @@ frozen config and the reports, and `lmlab.worker` takes it from there.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -16,16 +17,21 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lmlab.config.compose import dump_yaml, fingerprint, to_run_config
 from lmlab.config.schema import RunConfig
-from lmlab.data.prepare import PreparedData, TextEncoder, prepare, training_texts
+from lmlab.data.chat_templates import (
+    chat_renderer,
+    chat_template_source,
+    special_tokens,
+    use_chat_template,
+)
+from lmlab.data.prepare import TextEncoder, prepare, training_texts
+from lmlab.data.prepared import PreparedData
 from lmlab.data.sources import cache_root
 from lmlab.journal import RunDir, check_run_name, read_json, slug, write_json
 from lmlab.records import UserError
@@ -148,11 +154,12 @@ def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
     """Load or train the tokenizer into the cache; (its folder, the encoder for the data, the embedding rows it needs)."""
     from lmlab.tokenizers.load import load_tokenizer, rows_needed, tokenizer_hash
 
-    if config.tokenizer.kind == "bpe":
-        folder = _trained_bpe(config)
-        tokenizer = load_tokenizer(folder)
-    else:
-        tokenizer, _ = _loaded_tokenizer(config)
+    named = config.data.chat_template
+    template = None if named is None else chat_template_source(named)
+    folder = _trained_bpe(config) if config.tokenizer.kind == "bpe" else None
+    tokenizer = load_tokenizer(folder) if folder is not None else _loaded_tokenizer(config)[0]
+    use_chat_template(tokenizer, template)
+    if folder is None or template is not None:
         key = tokenizer_hash(tokenizer)
         folder = cache_root() / "tokenizers" / key[:24]
         if not folder.exists():
@@ -166,6 +173,7 @@ def text_encoder(tokenizer: Any) -> TextEncoder:
     Raises:
         UserError: it has no end-of-text token.
     """
+    from lmlab.tokenizers.fast import FastEncoder
     from lmlab.tokenizers.load import adds_bos, encode_document, tokenizer_hash
 
     if tokenizer.eos_token_id is None:
@@ -174,38 +182,25 @@ def text_encoder(tokenizer: Any) -> TextEncoder:
             where="tokenizer",
             fix="set eos_token in its tokenizer_config.json",
         )
-    add_bos = adds_bos(tokenizer)
+    has_bos = adds_bos(tokenizer)
 
-    def render_chat(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
+    def encode(text: str, *, add_bos: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        return encode_document(tokenizer, text, add_bos=has_bos and add_bos)
+
+    @functools.cache
+    def fast() -> FastEncoder:
+        return FastEncoder(tokenizer)  # checks itself against the library, so it is made once and only if needed
 
     return TextEncoder(
-        encode=lambda text: encode_document(tokenizer, text, add_bos=add_bos),
-        encode_long=lambda text: _in_pieces(tokenizer, text, add_bos=add_bos),
+        encode=encode,
+        encode_long=lambda pieces: fast().document_stream(pieces),
         decode=lambda ids: str(tokenizer.decode(ids)),
         eos_token_id=int(tokenizer.eos_token_id),
         vocab_size=1 + max(tokenizer.get_vocab().values()),  # a vocabulary may have gaps
         key=tokenizer_hash(tokenizer),
-        render_chat=render_chat if tokenizer.chat_template else None,
+        render_chat=chat_renderer(tokenizer),
+        special_tokens=special_tokens(tokenizer),
     )
-
-
-def _in_pieces(tokenizer: Any, text: str, *, add_bos: bool) -> Iterator[np.ndarray]:
-    """Ids of a text of any size, in pieces of about a million characters."""
-    from lmlab.tokenizers.fast import FastEncoder
-
-    pieces = FastEncoder(tokenizer).encode_stream(text[i : i + 2**20] for i in range(0, len(text), 2**20))
-    if not add_bos:
-        yield from pieces
-        return
-    first = next(pieces)
-    bos = tokenizer.bos_token_id
-    yield first if int(first[0]) == bos else np.concatenate([[bos], first])
-    yield from pieces
 
 
 def _trained_bpe(config: RunConfig) -> Path:
@@ -213,7 +208,9 @@ def _trained_bpe(config: RunConfig) -> Path:
     from lmlab.tokenizers.train import train_bpe
 
     settings = config.tokenizer.model_dump(exclude={"kind"})
-    data = config.data.model_dump(mode="json", exclude={"max_length", "packing", "too_long", "path"})
+    data = config.data.model_dump(
+        mode="json", exclude={"max_length", "packing", "too_long", "path", "chat_template"}
+    )
     parts = [settings, data, config.data.content_key(), config.data.format_for(config.task), config.task]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     folder = cache_root() / "tokenizers" / f"bpe-{key[:24]}"

@@ -17,7 +17,8 @@ import pytest
 
 from lmlab.data import prepare as module
 from lmlab.data.packing import DocumentRows, StreamRows
-from lmlab.data.prepare import PreparedData, TextEncoder, prepare, training_texts
+from lmlab.data.prepare import TextEncoder, prepare, training_texts
+from lmlab.data.prepared import PreparedData
 from lmlab.data.shards import Shards
 from lmlab.records import IGNORE_INDEX, UserError
 
@@ -334,7 +335,7 @@ def test_messages_without_a_chat_template(
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
         prepare(config, bare, task="sft")
     # A tokenizer trained on this data has no template yet; it learns from the same turns.
-    assert set(training_texts(config, task="sft")) == {"user\nHi.\nassistant\nHello.\n"}
+    assert set(training_texts(config, task="sft")) == {"user\nHi.\nassistant\nHello."}
 
 
 def test_a_tokenizer_never_sees_the_validation_split(
@@ -351,6 +352,6 @@ def test_an_encoding_version_for_each_task(
     write_jsonl: Write, make_config: Make, encoder: TextEncoder
 ) -> None:
     config = make_config("text", path=str(write_jsonl({"text": "a"})))
-    parts = [2, config.model_dump(mode="json"), config.content_key(), encoder.key, "pretrain", module.template_source("alpaca")]  # fmt: skip
+    parts = [3, config.model_dump(mode="json"), config.content_key(), encoder.key, "pretrain", module.template_source("alpaca")]  # fmt: skip
     expected = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     assert module.data_key(config, encoder, task="pretrain") == expected

@@ -168,7 +168,7 @@ def test_padded_rows_are_used_and_never_taken_away() -> None:
 def test_full_training_reaches_the_new_rows_and_saves_them(tied: bool, tmp_path: Path) -> None:
     model = base(tied=tied)
     grow_embeddings(model, OLD + NEW, seed=0)
-    model = NoAdapter(kind="none").apply(model, seed=0, token_rows=ADDED)
+    model: Any = NoAdapter(kind="none").apply(model, seed=0, token_rows=ADDED)
     before = model.get_input_embeddings().weight.detach().clone()
     train(model, 2)
     assert (model.get_input_embeddings().weight[50:52] != before[50:52]).any(1).all()
@@ -209,12 +209,13 @@ def test_only_the_rows_of_added_tokens_move(values: dict[str, Any], tied: bool) 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen3"])
 def test_against_peft_own_layer_of_trained_rows(model_type: str, tied: bool) -> None:
     """Logits and gradients as PEFT has them, scaled embeddings (Gemma 3) among them."""
-    extra = {} if model_type == "gpt2" else {"head_dim": 8}
+    extra: Any = {} if model_type == "gpt2" else {"head_dim": 8}
     ours, theirs = (adapted(tied=tied, model_type=model_type, **extra) for _ in range(2))
     swapped = 0
-    for module in theirs.modules():
-        if type(module) is TokenRows:
-            module.__class__, swapped = TrainableTokensLayer, swapped + 1
+    for layer in theirs.modules():
+        if type(layer) is TokenRows:
+            object.__setattr__(layer, "__class__", TrainableTokensLayer)
+            swapped += 1
     assert swapped == 2
     with torch.no_grad():
         for model in (ours, theirs):

@@ -15,10 +15,12 @@ import pytest
 
 from lmlab.records import UserError
 from lmlab.tokenizers import (
+    add_tokens,
     adds_bos,
     check_vocabulary,
     encode_document,
     load_tokenizer,
+    rows_needed,
     tokenizer_hash,
     train_bpe,
 )
@@ -130,6 +132,21 @@ def test_there_is_one_bos_at_most(stories: Any, trained: Any) -> None:
     assert encode_document(stories, "", add_bos=True) == ([bos], [(0, 0)])
 
 
+@pytest.mark.parametrize("before", ["", " ", "\n\n", " \t\n"])
+def test_a_text_that_brings_its_bos_gets_no_second_one(stories: Any, before: str) -> None:
+    """Chat templates write it, some behind white space."""
+    bos = stories.bos_token_id
+    text = before + "<s>user\nHi"
+    ids, offsets = encode_document(stories, text, add_bos=True)
+    assert ids.count(bos) == 1
+    assert (ids, offsets) == encode_document(stories, text, add_bos=False)
+    assert rejoin(text, offsets) == text
+    other, _ = encode_document(
+        stories, "Say <s> twice", add_bos=True
+    )  # within the text it is the writer's own
+    assert other[0] == bos
+
+
 def test_a_long_document_gives_no_warning_about_the_model(
     stories: Any, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,14 +252,6 @@ def test_broken_directories(saved: Path) -> None:
         load_tokenizer(saved)
 
 
-def test_a_directory_of_a_slow_tokenizer_says_what_to_do() -> None:
-    path = DATA / "tokenizers/mistral-v1"
-    if not path.exists():
-        pytest.skip(f"no test data at {path} (set LMLAB_TEST_DATA)")
-    with pytest.raises(UserError, match=r"cannot be read.*fast tokenizer"):
-        load_tokenizer(path)
-
-
 def test_a_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("urllib.request.getproxies", dict)
@@ -259,6 +268,45 @@ def test_the_vocabulary_must_fit_the_embedding(trained: Any) -> None:
     check_vocabulary(trained, size + 64, "model=tiny")
     with pytest.raises(UserError, match=rf"2 token.*={size - 1}, .*={size - 2} \(model=tiny\)"):
         check_vocabulary(trained, size - 2, "model=tiny")
+
+
+def test_added_tokens_are_whole_special_and_kept_by_saving(trained: Any, tmp_path: Path) -> None:
+    trained.save_pretrained(tmp_path / "old")
+    tokenizer, before = load_tokenizer(tmp_path / "old"), tokenizer_hash(trained)
+    size = len(tokenizer)
+    tokens = ["<|think|>", "<|im_start|>", "<tool>"]
+    assert add_tokens(tokenizer, tokens) == [size, 2, size + 1]  # the second is there already
+    assert rows_needed(tokenizer) == len(tokenizer) == size + 2
+    assert tokenizer_hash(tokenizer) != before
+    ids, offsets = encode_document(tokenizer, "a <|think|> b<tool>", add_bos=False)
+    assert [ids[i] for i in (2, -1)] == [size, size + 1]
+    assert offsets[2] == (2, 11)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a  b"
+    assert trained("a b <im").input_ids == tokenizer("a b <im").input_ids
+    tokenizer.save_pretrained(tmp_path / "new")
+    again = load_tokenizer(tmp_path / "new")
+    assert tokenizer_hash(again) == tokenizer_hash(tokenizer)
+    assert again("a <|think|> b<tool>").input_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [(["<a>", "<a>"], "repeated token"), ([""], "bad token ''"), (["<a> "], "bad token '<a> '")],
+)
+def test_added_tokens_that_cannot_be(trained: Any, tokens: list[str], message: str) -> None:
+    before = tokenizer_hash(trained)
+    with pytest.raises(UserError, match=message) as caught:
+        add_tokens(trained, tokens)
+    assert "tokenizer.added_tokens" in str(caught.value)
+    assert tokenizer_hash(trained) == before
+
+
+def test_only_added_tokens_may_be_beyond_the_embedding(trained: Any, saved: Path) -> None:
+    tokenizer, size = load_tokenizer(saved), len(trained)
+    add_tokens(tokenizer, ["<a>", "<b>"])
+    check_vocabulary(tokenizer, size, "model=tiny", added=["<a>", "<b>"])
+    with pytest.raises(UserError, match=f"1 token.*'<b>'={size + 1}.*added_tokens"):
+        check_vocabulary(tokenizer, size, "model=tiny", added=["<a>"])
 
 
 def test_importing_the_config_classes_is_light() -> None:

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmlab.config.compose import CONF
 from lmlab.data.order import EndlessOrder
-from lmlab.data.prepare import PreparedData, TextEncoder, prepare
+from lmlab.data.prepare import TextEncoder, prepare
+from lmlab.data.prepared import PreparedData
 from lmlab.data.sources import JsonlData
 from lmlab.models.attention import use_packed_attention
 from lmlab.models.hardware import Hardware
@@ -38,7 +39,7 @@ Gradients = dict[str, torch.Tensor]
 def byte_encoder() -> TextEncoder:
     """Every byte a token, 256 is EOS: an encoder that needs no training."""
 
-    def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(text: str, *, add_bos: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
         ids, offsets = [], []
         for index, character in enumerate(text):
             for byte in character.encode("utf-8"):

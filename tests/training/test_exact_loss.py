@@ -35,7 +35,7 @@ from exact import (
 )
 
 from lmlab.data.packing import blank_row, collate_flat, collate_padded
-from lmlab.data.prepare import PreparedData
+from lmlab.data.prepared import PreparedData
 from lmlab.models.attention import use_packed_attention
 from lmlab.models.head import CrossEntropy, supervised_logits
 from lmlab.records import Example, PackedBatch, RunFailedError

@@ -20,7 +20,7 @@ from exact import (
     write_records,
 )
 
-from lmlab.data.prepare import PreparedData
+from lmlab.data.prepared import PreparedData
 from lmlab.models.attention import use_packed_attention
 from lmlab.training.datamodule import LMDataModule
 

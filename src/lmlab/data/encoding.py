@@ -9,14 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
-from lmlab.data.formats import SHRINKABLE, BadRecordError, Format, FormatOptions
+from lmlab.data.fields import BadRecordError, Shortening
+from lmlab.data.formats import SHORTENINGS, Format, FormatOptions
 from lmlab.records import Document, Record, UserError
 
-Encode = Callable[[str], tuple[list[int], list[tuple[int, int]]]]
-"""``text -> (ids, character offsets)``; a leading BOS, where the model has one, is already there with (0, 0)."""
+
+class Encode(Protocol):
+    """``text -> (ids, character offsets)``."""
+
+    def __call__(self, text: str, *, add_bos: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode one text.
+
+        Args:
+            add_bos: whether BOS may be put before it, with (0, 0), if the model has one and the text does not begin with it.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ def encode_document(document: Document, encode: Encode, eos_token_id: int) -> En
     A text that ends with EOS already (as many chat templates write it, perhaps with a line end behind) gets no second.
     """
     text = "".join(segment.text for segment in document.segments)
-    ids, offsets = encode(text)
+    ids, offsets = encode(text, add_bos=document.bos)
     flags = _trained_flags(document, offsets)
     if document.ends and not _ended(text, ids, offsets, eos_token_id):
         ids, flags = [*ids, eos_token_id], np.append(flags, document.segments[-1].trained)
@@ -125,12 +136,12 @@ def fit_document(
             fix="raise data.max_length or choose data.too_long=truncate_prompt",
         )
     if policy.too_long == "truncate_prompt":
-        for name in SHRINKABLE.get(format_name, ()):
 
-            def attempt(shorter: Record) -> EncodedDocument:
-                return encode_document(format(shorter, options), encode, eos_token_id)
+        def attempt(shorter: Record) -> EncodedDocument:
+            return encode_document(format(shorter, options), encode, eos_token_id)
 
-            record, whole = _shrink(record, options.columns.get(name, name), attempt, whole, limit=limit)
+        for shorten in SHORTENINGS.get(format_name, ()):
+            record, whole = _shrink(record, shorten(record, options.columns), attempt, whole, limit=limit)
             if len(whole.ids) <= limit:
                 return _alone(replace(whole, truncated=True))
     return _alone(_cut_end(whole, limit))
@@ -138,40 +149,35 @@ def fit_document(
 
 def _shrink(
     record: Record,
-    column: str,
+    shortening: Shortening,
     attempt: Callable[[Record], EncodedDocument],
     whole: EncodedDocument,
     *,
     limit: int,
 ) -> tuple[Record, EncodedDocument]:
-    """Cut as few characters as possible from the beginning of one field, or all that may be cut if that is not enough.
+    """Cut as few units as possible from the beginning, or all that may be cut if that is not enough.
 
-    The number of tokens is nearly monotone in the characters kept, so a binary search finds the cut in some 10 calls.
-    ``whole`` is the encoded ``record``, and what comes back if this field cannot be cut.
+    The number of tokens is nearly monotone in the units kept, so a binary search finds the cut in some 10 calls.
+    ``whole`` is the encoded ``record``, and what comes back if nothing can be cut.
     """
-    value = record.fields.get(column)
-    if not isinstance(value, str) or not value:
+    if not shortening.size:
         return record, whole
 
-    def keep(characters: int) -> tuple[Record, EncodedDocument] | None:
-        shorter = replace(record, fields={**record.fields, column: value[len(value) - characters :]})
+    def keep(units: int) -> tuple[Record, EncodedDocument] | None:
+        shorter = shortening.keep(units)
         try:
             return shorter, attempt(shorter)
         except BadRecordError:
             return None
 
-    low = 0
-    best = keep(low)
-    if (
-        best is None
-    ):  # a required field: its last character that is not white space stays, and what follows it
-        low = 1 + len(value) - len(value.rstrip())
-        best = keep(low)
-        if best is None:
-            return record, whole
+    low, best = 0, keep(0)
+    if best is None:
+        low, best = shortening.least, keep(shortening.least)
+    if best is None:
+        return record, whole
     if len(best[1].ids) > limit:
         return best
-    high = len(value)
+    high = shortening.size
     while high - low > 1:
         middle = (low + high) // 2
         candidate = keep(middle)

@@ -6,11 +6,15 @@ characters, by the code that knows what the response is; tokens come later (enco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from lmlab.data.chat import chat_document, chat_prompt
+from lmlab.data.chat_templates import CHAT_TEMPLATES, RenderChat
+from lmlab.data.fields import BadRecordError, Shorten, cut_beginning, text_field
+from lmlab.data.turns import cut_last_question, drop_exchanges, read_turns
 from lmlab.records import Document, Record, Segment, UserError
 from lmlab.registry import Functions
 
@@ -38,22 +42,16 @@ class FormatOptions:
     Attributes:
         template: Jinja source of the prompt (everything before the response).
         columns: lmlab's field name -> the source's column name.
-        render_chat: ``(messages, add_generation_prompt) -> text`` by the model's own chat template, or None.
+        render_chat: ``(turns, add_generation_prompt) -> text`` by the chat template in force, or None.
         train_all: train every segment (pretraining).
+        special_tokens: texts that are one special token each; a turn that ends with one needs no EOS.
     """
 
     template: str
     columns: Mapping[str, str]
-    render_chat: Callable[[list[dict[str, Any]], bool], str] | None = None
+    render_chat: RenderChat | None = None
     train_all: bool = False
-
-
-class BadRecordError(Exception):
-    """A record that this format cannot use; ``reason`` is the key it is counted under."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+    special_tokens: Collection[str] = ()
 
 
 Format = Callable[[Record, FormatOptions], Document]
@@ -110,30 +108,6 @@ def render_prompt(template: str, instruction: str, input: str = "") -> str:
     return _compiled(template).render(instruction=instruction, input=input)
 
 
-def _field(record: Record, name: str, options: FormatOptions, *, required: bool = True) -> str:
-    column = options.columns.get(name, name)
-    value = record.fields.get(column)
-    if value is None:
-        if required:
-            raise BadRecordError(f"no {name}", f"field '{column}' is missing or null")
-        return ""
-    if not isinstance(value, str):
-        raise BadRecordError(f"{name} is not text", f"field '{column}' is {type(value).__name__}")
-    if required and not value.strip():
-        raise BadRecordError(f"empty {name}", f"field '{column}'")
-    return _unicode(value, f"field '{column}'")
-
-
-def _unicode(value: str, place: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRecordError(
-            "not Unicode text", f"{place} has a lone surrogate at character {error.start}"
-        ) from error
-    return value
-
-
 def _response_document(prompt: str, response: str, options: FormatOptions) -> Document:
     segments = (Segment(prompt, options.train_all), Segment(response, True))
     return Document(segments, prompt=prompt, response=response)
@@ -142,8 +116,11 @@ def _response_document(prompt: str, response: str, options: FormatOptions) -> Do
 @formats.register("triples")
 def triples(record: Record, options: FormatOptions) -> Document:
     """instruction / input (may be empty) / output through the template; the output is trained."""
-    instruction, output = _field(record, "instruction", options), _field(record, "output", options)
-    given = _field(record, "input", options, required=False)
+    instruction, output = (
+        text_field(record, "instruction", options.columns),
+        text_field(record, "output", options.columns),
+    )
+    given = text_field(record, "input", options.columns, required=False)
     try:
         prompt = render_prompt(options.template, instruction, given)
     except Exception as error:  # the template compiles (template_source), but not every record fits it
@@ -155,88 +132,62 @@ def triples(record: Record, options: FormatOptions) -> Document:
 def completion(record: Record, options: FormatOptions) -> Document:
     """prompt / completion, joined as they are; the completion is trained."""
     return _response_document(
-        _field(record, "prompt", options), _field(record, "completion", options), options
+        text_field(record, "prompt", options.columns),
+        text_field(record, "completion", options.columns),
+        options,
     )
 
 
 @formats.register("text")
 def text(record: Record, options: FormatOptions) -> Document:
     """One text; every token is trained."""
-    return Document((Segment(_field(record, "text", options), True),))
+    return Document((Segment(text_field(record, "text", options.columns), True),))
 
 
 @formats.register("messages")
 def messages(record: Record, options: FormatOptions) -> Document:
-    """Chat turns through the model's own chat template; every assistant turn with its end mark is trained.
-
-    The spans are found by rendering growing prefixes of the conversation, so no generation marks are needed in
-    the template; a template whose prefixes do not agree with the whole cannot be masked safely and is refused.
-    What follows the last assistant turn is left out. Where the template's own end mark is not EOS, EOS follows it.
-    """
-    turns = _turns(record, options)
+    """Chat turns through the chat template in force; every assistant turn with its end mark is trained (chat.py)."""
+    turns = read_turns(record, options.columns)
     if options.render_chat is None:
         raise UserError(
             "the tokenizer has no chat template",
             where="data.format=messages",
-            fix="use a model with one, or triples",
+            fix=f"name one (data.chat_template={'|'.join(CHAT_TEMPLATES)}, or a .jinja file)",
         )
+    return chat_document(
+        turns, options.render_chat, special_tokens=options.special_tokens, train_all=options.train_all
+    )
 
-    def render(upto: int, add_generation_prompt: bool) -> str:
-        assert options.render_chat is not None
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a question of one's own becomes the text that generation starts from: as the model's training had it.
+
+    Attributes:
+        template: Jinja source over ``instruction`` and ``input`` of a model trained on triples.
+        render_chat: of a model trained on conversations; with neither, the question is the text.
+    """
+
+    template: str | None = None
+    render_chat: RenderChat | None = None
+
+    def __call__(self, question: str, *, system: str | None = None) -> str:
+        """The whole text.
+
+        Raises:
+            UserError: the chat template refuses it, or ``system`` is given and there is no chat template.
+        """
+        if self.render_chat is None:
+            if system is not None:
+                what = "a system message needs a model trained on conversations"
+                raise UserError(what, where="system", fix="leave it out, or train with data.format=messages")
+            return render_prompt(self.template, question) if self.template else question
+        turns = [] if system is None else [{"role": "system", "content": system}]
         try:
-            return options.render_chat(turns[:upto], add_generation_prompt)
-        except Exception as error:  # a template refuses roles out of turn by raising
-            raise BadRecordError("chat template refuses it", str(error)) from error
-
-    whole = render(len(turns), False)
-    segments: list[Segment] = []
-    position = 0
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before, after = render(index, True), render(index + 1, False)
-        if not (
-            whole.startswith(before) and whole.startswith(after) and len(after) > len(before) >= position
-        ):
-            raise BadRecordError("chat template not prefix-stable", f"at turn {index + 1}")
-        segments += [
-            Segment(whole[position : len(before)], options.train_all),
-            Segment(whole[len(before) : len(after)], True),
-        ]
-        position = len(after)
-    if not segments:
-        raise BadRecordError("no assistant turn")
-    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    return Document(tuple(segments), prompt=render(last, True), response=turns[last]["content"])
-
-
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-
-
-def _turns(record: Record, options: FormatOptions) -> list[dict[str, Any]]:
-    column = options.columns.get("messages", "messages")
-    raw = record.fields.get(column)
-    if raw is None:
-        raw = record.fields.get("conversations")
-    if not isinstance(raw, Sequence) or isinstance(raw, str) or not raw:
-        raise BadRecordError("no messages", f"field '{column}' is missing, empty or not a list")
-    turns = []
-    for turn in raw:
-        role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, Mapping) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise BadRecordError("message without role or content", f"message {len(turns) + 1}")
-        role = _ROLES.get(role, role)
-        if role == "assistant" and not content.strip():
-            raise BadRecordError("empty response", f"message {len(turns) + 1}")
-        turns.append({"role": role, "content": _unicode(content, f"message {len(turns) + 1}")})
-    return turns
+            return chat_prompt([*turns, {"role": "user", "content": question}], self.render_chat)
+        except BadRecordError as error:
+            fix = "leave the system message out, or give the prompt as it is (--raw)"
+            raise UserError(str(error), where="prompt", fix=fix) from error
 
 
 FIELDS = {
@@ -247,5 +198,10 @@ FIELDS = {
 }
 """Fields each format reads."""
 
-SHRINKABLE = {"triples": ("input", "instruction"), "completion": ("prompt",)}
-"""Fields whose beginning is cut, in this order, when an example is too long (``too_long=truncate_prompt``)."""
+SHORTENINGS: dict[str, tuple[Shorten, ...]] = {
+    "triples": (cut_beginning("input"), cut_beginning("instruction")),
+    "completion": (cut_beginning("prompt"),),
+    "messages": (drop_exchanges, cut_last_question),
+}
+"""What is cut, in this order, from a record that is too long (``too_long=truncate_prompt``); a plugin's format may add its
+own, else only its end is cut."""

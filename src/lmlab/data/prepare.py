@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,23 @@ from typing import Any
 import numpy as np
 
 from lmlab.data import preview
+from lmlab.data.chat_templates import RenderChat
 from lmlab.data.encoding import Encode, EncodedDocument, LengthPolicy, encode_document, fit_document
+from lmlab.data.fields import BadRecordError
 from lmlab.data.files import Intake
-from lmlab.data.formats import FIELDS, BadRecordError, FormatOptions, formats, template_source
-from lmlab.data.order import EndlessOrder, MixedOrder
-from lmlab.data.packing import DocumentRows, MixedRows, StreamRows
-from lmlab.data.shards import Shards, ShardWriter, write_index
+from lmlab.data.formats import FIELDS, FormatOptions, formats, template_source
+from lmlab.data.prepared import PreparedData, from_shards, mixed, row_meta
+from lmlab.data.shards import ShardWriter, write_index
 from lmlab.data.sources import DataConfig, cache_root
 from lmlab.data.split import SIDES, SplitPlan, plan_split
-from lmlab.data.tally import Tally, length_figures
+from lmlab.data.tally import Tally
 from lmlab.records import Document, Record, Segment, UserError
 
-ENCODING_VERSION = {"pretrain": 2, "sft": 3}
+ENCODING_VERSION = {"pretrain": 3, "sft": 4}
 """Of each task; raise it whenever the same data and tokenizer would give other files."""
 LONG_TEXT = 200_000
 """Characters from which a plain text is encoded in pieces: one call's offsets would take a hundred times its size."""
-Rows = DocumentRows | StreamRows | MixedRows
-RenderChat = Callable[[list[dict[str, Any]], bool], str]
+PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -45,72 +45,22 @@ class TextEncoder:
 
     Attributes:
         encode: one document, with offsets.
-        encode_long: ids of a text of any size in pieces, the same as in one call, with BOS if the tokenizer adds it.
+        encode_long: ids of a document of any size, given and returned in pieces: those of one call, with BOS and EOS.
         decode: ids to text.
         vocab_size: one more than the largest id.
         key: hash of all that decides ids.
         render_chat: the chat template's rendering, or None without a template.
+        special_tokens: texts that are one special token each.
     """
 
     encode: Encode
-    encode_long: Callable[[str], Iterator[np.ndarray]]
+    encode_long: Callable[[Iterable[str]], Iterator[np.ndarray]]
     decode: Callable[[list[int]], str]
     eos_token_id: int
     vocab_size: int
     key: str
     render_chat: RenderChat | None = None
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """A prepared data set on disk.
-
-    Attributes:
-        folder: where it lies.
-        meta: ``report`` (counts), ``parts`` (folder, name and weight of each source), ``stream`` (whether rows are
-            windows of a stream), ``format``, ``template``, ``val_prompts`` (prompt and response of validation documents).
-    """
-
-    folder: Path
-    meta: dict[str, Any]
-
-    @classmethod
-    def load(cls, folder: Path) -> PreparedData:
-        """Map a folder written by `prepare`."""
-        return cls(folder, json.loads((folder / "meta.json").read_text(encoding="utf-8")))
-
-    @property
-    def examples(self) -> list[dict[str, Any]]:
-        """What a person is shown of it (preview.py)."""
-        return json.loads((self.folder / "mask_preview.json").read_text(encoding="utf-8"))
-
-    @property
-    def packed(self) -> bool:
-        """Whether a row holds documents that must not see one another, which takes the flat layout."""
-        return self.meta["apart"] if self.meta["stream"] else self.meta["packing"]
-
-    @property
-    def wants_flat(self) -> bool:
-        """Whether the flat layout is of use: rows of unequal lengths, or documents apart. Windows have one width."""
-        return self.meta["apart"] or not self.meta["stream"]
-
-    def rows(self, split: str) -> Rows:
-        """Examples of ``train``, ``val`` or ``test``; only training rows are packed, so that no figure depends on packing."""
-        parts = [self._rows(self.folder / part["folder"] / split, split) for part in self.meta["parts"]]
-        return parts[0] if len(parts) == 1 else MixedRows(parts)
-
-    def _rows(self, folder: Path, split: str) -> DocumentRows | StreamRows:
-        shards, length = Shards(folder), self.meta["max_length"]
-        if self.meta["stream"]:
-            return StreamRows(shards, max_length=length, apart=self.meta["apart"])
-        return DocumentRows(shards, max_length=length, packing=self.meta["packing"] and split == "train")
-
-    def order(self, rows: Rows, *, seed: int) -> EndlessOrder | MixedOrder:
-        """The endless order over training rows: shuffled epochs, or sources drawn by their weights."""
-        if not isinstance(rows, MixedRows):
-            return EndlessOrder(len(rows), seed=seed)
-        weights = [part["weight"] for part in self.meta["parts"]]
-        return MixedOrder([len(part) for part in rows.parts], weights, seed=seed)
+    special_tokens: Collection[str] = ()
 
 
 def data_key(config: DataConfig, encoder: TextEncoder, *, task: str) -> str:
@@ -155,9 +105,10 @@ def prepare(config: DataConfig, encoder: TextEncoder, *, task: str) -> PreparedD
 def _write(folder: Path, config: DataConfig, encoder: TextEncoder, *, task: str) -> None:
     folder.mkdir(parents=True)
     if config.kind == "mix":
-        meta, examples = _mixed(config, encoder, task=task)
+        made = [(name, weight, prepare(part, encoder, task=task)) for name, weight, part in config.parts()]
+        meta, examples = mixed(made)
     elif config.kind == "shards":
-        meta, examples = _from_shards(config, encoder)
+        meta, examples = from_shards(config, encoder.decode, tokenizer_hash=encoder.key)
     else:
         meta, examples = _Encoding(config, encoder, task=task).write(folder)
     (folder / "mask_preview.json").write_text(json.dumps(examples, ensure_ascii=False), encoding="utf-8")
@@ -175,7 +126,9 @@ class _Encoding:
         self.config, self.encoder, self.task = config, encoder, task
         self.format_name = config.format_for(task)
         self.format = formats.get(self.format_name)
-        self.options = _options(config, task=task, render_chat=encoder.render_chat)
+        self.options = _options(
+            config, task=task, render_chat=encoder.render_chat, special_tokens=encoder.special_tokens
+        )
         self.stream = task == "pretrain" or self.format_name == "text"
         self.policy = LengthPolicy(None if self.stream else config.max_length, config.too_long)
         self.intake = Intake(config.on_bad_record)
@@ -237,13 +190,12 @@ class _Encoding:
         """A text of any size: the same ids as `fit_document` would give, without its offsets."""
         text = self.format(record, self.options).segments[0].text
         before, trained = writer.num_tokens, writer.num_trained
-        head, tail = self._encoded(text[:2000], ends=False), self._encoded(text[-2000:], ends=True)
-        for number, ids in enumerate(self.encoder.encode_long(text)):
+        head = self._encoded(text[:2000])
+        pieces = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+        for number, ids in enumerate(self.encoder.encode_long(pieces)):
             flags = np.ones(len(ids), bool)
-            flags[0] = number > 0 or head.trained[0]  # a BOS stands for no character
+            flags[:1] = number > 0 or head.trained[0]  # a BOS stands for no character
             writer.append(ids, flags)
-        if len(tail.ids) > len(tail.offsets):  # EOS, unless the text ends with one
-            writer.append(tail.ids[-1:], tail.trained[-1:])
         writer.end_document()
         self.tally.add(
             side,
@@ -254,29 +206,19 @@ class _Encoding:
             supervised_bytes=len(text.encode("utf-8")),
         )
 
-    def _encoded(self, text: str, *, ends: bool) -> EncodedDocument:
-        document = Document((Segment(text, True),), ends=ends)
+    def _encoded(self, text: str) -> EncodedDocument:
+        document = Document((Segment(text, True),), ends=False)
         return encode_document(document, self.encoder.encode, self.encoder.eos_token_id)
 
     def _meta(self) -> dict[str, Any]:
         return {
             "report": self.tally.report(),
             "parts": [{"folder": ".", "name": self.config.kind, "weight": 1.0}],
-            **_row_meta(self.config, stream=self.stream),
+            **row_meta(self.config, stream=self.stream),
             "format": self.format_name,
             "template": self.options.template if self.format_name == "triples" else None,
             "val_prompts": self.tally.val_prompts(),
         }
-
-
-def _row_meta(config: DataConfig, *, stream: bool) -> dict[str, Any]:
-    """How rows are cut from the sides."""
-    return {
-        "stream": stream,
-        "packing": config.packing,
-        "apart": not config.cross_document_attention,
-        "max_length": config.max_length,
-    }
 
 
 def _plan(config: DataConfig, *, task: str, format_name: str) -> SplitPlan:
@@ -327,9 +269,15 @@ def _plain_chat(messages: list[dict[str, Any]], add_generation_prompt: bool) -> 
     return turns + ("assistant\n" if add_generation_prompt else "")
 
 
-def _options(config: DataConfig, *, task: str, render_chat: RenderChat | None) -> FormatOptions:
+def _options(
+    config: DataConfig, *, task: str, render_chat: RenderChat | None, special_tokens: Collection[str] = ()
+) -> FormatOptions:
     return FormatOptions(
-        template_source(config.template), config.columns, render_chat, train_all=task == "pretrain"
+        template_source(config.template),
+        config.columns,
+        render_chat,
+        train_all=task == "pretrain",
+        special_tokens=special_tokens,
     )
 
 
@@ -351,116 +299,3 @@ def _check_sides(config: DataConfig, tally: Tally, sides: tuple[str, ...]) -> No
         where=str(getattr(config, "path", None) or getattr(config, "name", None) or config.kind),
         fix="give more records; equal ones, and those of one group, stay on one side",
     )
-
-
-# --- several sources, and shards made before --------------------------------------------------------------------------
-
-
-def _mixed(config: Any, encoder: TextEncoder, *, task: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    made = [(name, weight, prepare(part, encoder, task=task)) for name, weight, part in config.parts()]
-    metas = [prepared.meta for _, _, prepared in made]
-    if len({meta["stream"] for meta in metas}) > 1:
-        kinds = ", ".join(f"{name}: {prepared.meta['format']}" for name, _, prepared in made)
-        raise UserError(
-            f"texts and records with a response cannot be mixed ({kinds})",
-            where="data.sources",
-            fix="use task=pretrain, where all of it is text, or sources of one kind",
-        )
-    first = metas[0]
-    report = merged_report([(name, weight, prepared.meta["report"]) for name, weight, prepared in made])
-    report["rows"] = {"train": sum(meta["report"]["rows"]["train"] for meta in metas)}
-    lengths = [
-        Shards(prepared.folder / side).lengths()[1 if first["stream"] else 0 :]
-        for _, _, prepared in made
-        for side in SIDES
-        if (prepared.folder / side).is_dir()
-    ]
-    report.update(length_figures(np.concatenate(lengths)))
-    prompts = [meta["val_prompts"] for meta in metas]
-    longest = max(len(each) for each in prompts)
-    meta = {
-        **first,
-        "report": report,
-        "parts": [
-            {"folder": str(prepared.folder), "name": name, "weight": weight}
-            for name, weight, prepared in made
-        ],
-        "val_prompts": [each[i] for i in range(longest) for each in prompts if i < len(each)],
-    }
-    shown = [prepared.examples for _, _, prepared in made]
-    return meta, [each[i] for i in range(5) for each in shown if i < len(each)][:5]
-
-
-def merged_report(parts: list[tuple[str, float, dict[str, Any]]]) -> dict[str, Any]:
-    """The data report of a mix: sums over its sources, and a row for each under ``sources``."""
-    reports = [report for _, _, report in parts]
-    counts = ("records_read", "records_kept", "records_truncated", "tokens", "supervised_tokens")
-    merged: dict[str, Any] = {name: sum(report[name] for report in reports) for name in counts}
-    reasons = sorted({reason for report in reports for reason in report["records_dropped"]})
-    merged["records_dropped"] = {
-        reason: sum(report["records_dropped"].get(reason, 0) for report in reports) for reason in reasons
-    }
-    merged["dropped_examples"] = [row for report in reports for row in report["dropped_examples"]][:20]
-    for side in SIDES:
-        present = [report[side] for report in reports if side in report]
-        if present:
-            merged[side] = {name: sum(each[name] for each in present) for name in present[0]}
-    for name, choose in (("longest", max), ("shortest", min)):
-        ends = [report[name] for report in reports if name in report]
-        if ends:
-            merged[name] = choose(ends, key=lambda row: row["tokens"])
-    merged["sources"] = [
-        {"name": name, "weight": weight, **{k: report[k] for k in counts}} for name, weight, report in parts
-    ]
-    return merged
-
-
-def _from_shards(config: Any, encoder: TextEncoder) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Meta of a directory of tokenize_corpus.py; nothing of it is copied or loaded.
-
-    Raises:
-        UserError: made with another tokenizer.
-    """
-    folder = Path(config.path).expanduser().absolute()
-    from lmlab.data.corpus import CorpusIndex
-
-    index = CorpusIndex.load(folder)
-    if index.tokenizer_hash != encoder.key:
-        raise UserError(
-            "the shards were made with another tokenizer than this run's",
-            where=str(folder),
-            fix=f"tokenizer=file tokenizer.path={folder / 'tokenizer'}",
-        )
-    val = Shards(folder / "val")
-    prompts = []
-    for document in range(1, min(val.num_documents, 513)):
-        start, end = val.span(document)
-        text = encoder.decode(val.read(start, min(end, start + 64))[0].tolist())
-        prompts.append({"prompt": text[:60].rsplit(" ", 1)[0], "response": ""})
-    train = Shards(folder / "train")
-    examples = []
-    for document in range(1, min(train.num_documents, 6)):
-        start, end = train.span(document)
-        text = encoder.decode(train.read(start, min(end, start + 256))[0].tolist())
-        examples.append(
-            {
-                "where": f"train document {document}",
-                "tokens": end - start,
-                "supervised_tokens": end - start,
-                "truncated": False,
-                "spans": [[text, True]],
-            }
-        )
-    lengths = [Shards(folder / side).lengths()[1:] for side in ("train", "val")]
-    report = {**index.report, **length_figures(np.concatenate(lengths))}
-    meta = {
-        "report": report,
-        "parts": [{"folder": str(folder), "name": "shards", "weight": 1.0}],
-        **_row_meta(config, stream=True),
-        "format": "text",
-        "template": None,
-        "val_prompts": [p for p in prompts if p["prompt"].strip()],
-    }
-    rows = StreamRows(train, max_length=config.max_length)
-    meta["report"]["rows"] = {"train": len(rows)}
-    return meta, examples

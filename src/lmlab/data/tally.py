@@ -66,20 +66,21 @@ class Tally:
         """One document; the numbers are given where ``encoded`` is only the beginning of it."""
         about = self.sides[side]
         length = len(encoded.ids) if tokens is None else tokens
+        trained = int(encoded.trained.sum()) if supervised is None else supervised
         about.lengths.append(length)
-        about.supervised_tokens += int(encoded.trained.sum()) if supervised is None else supervised
+        about.supervised_tokens += trained
         about.supervised_bytes += encoded.trained_bytes if supervised_bytes is None else supervised_bytes
-        if side == "train":
-            self._remember(encoded, where, length)
-        if side == "val" and len(self._prompts) < MAX_VAL_PROMPTS:
-            self._remember_prompt(encoded)
 
-    def _remember(self, encoded: EncodedDocument, where: str, length: int) -> None:
-        if len(self._first) < 5:
-            self._first.append(previewed(encoded, where))
+        def shown() -> dict[str, Any]:
+            return {**previewed(encoded, where), "tokens": length, "supervised_tokens": trained}
+
+        if side == "train" and len(self._first) < 5:
+            self._first.append(shown())
         for name, sign in (("longest", 1), ("shortest", -1)):
             if name not in self._extremes or sign * length > sign * self._extremes[name][0]:
-                self._extremes[name] = (length, previewed(encoded, where) | {"tokens": length})
+                self._extremes[name] = (length, shown())
+        if side == "val" and len(self._prompts) < MAX_VAL_PROMPTS:
+            self._remember_prompt(encoded)
 
     def _remember_prompt(self, encoded: EncodedDocument) -> None:
         document = encoded.document

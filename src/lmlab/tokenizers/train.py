@@ -102,7 +102,8 @@ def train_bpe(
         special_tokens=special_tokens,  # pyright: ignore[reportArgumentType]
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-        max_token_length=max_token_length,
+        # The library merges only what stays shorter than its limit, against its documentation.
+        max_token_length=None if max_token_length is None else max_token_length + 1,
     )
     budget = TextBudget(texts, max_chars, after_lines=pre_tokenizer == "lines")
     try:

@@ -13,6 +13,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -53,12 +54,17 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one plot shows. ``mark`` is a point singled out (label, step, value); above ``top`` it is cut off."""
+    """What one plot shows. ``mark`` is a point singled out (label, step, value); above ``top`` it is cut off.
+
+    ``bins`` are the (edges, counts) of a histogram, and ``middle`` its median.
+    """
 
     key: str
     title: str
     lines: tuple[Line, ...] = ()
     bars: tuple[Bar, ...] = ()
+    bins: tuple[tuple[float, ...], tuple[int, ...]] | None = None
+    middle: float | None = None
     mark: tuple[str, int, float] | None = None
     log: bool = False
     top: float | None = None
@@ -81,6 +87,12 @@ class Panel:
             low, high = min(line.points.values()), max(line.points.values())
             parts.append(f"{line.label}: {short(start)} at step {first}, {short(end)} at step {last}, "
                          f"between {short(low)} and {short(high)}")  # fmt: skip
+        if self.bins:
+            edges, counts = self.bins
+            most = counts.index(max(counts))
+            parts.append(f"{sum(counts):,} between {short(edges[0])} and {short(edges[-1])}, most of them "
+                         f"({counts[most]:,}) from {short(edges[most])} to {short(edges[most + 1])}")  # fmt: skip
+            parts += [f"median {short(self.middle)}"] if self.middle is not None else []
         if self.mark:
             parts.append(f"{self.mark[0]} {short(self.mark[2])} at step {self.mark[1]}")
         return f"{self.title}. " + "; ".join(parts)
@@ -214,11 +226,11 @@ def draw(panel: Panel) -> str:
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": panel.key, "text.parse_math": False, "font.size": 10,
                 "axes.unicode_minus": True, "path.simplify": False}  # fmt: skip
     with matplotlib.rc_context(settings):
-        height = 0.55 + 0.34 * len(panel.bars) if panel.bars else 2.9
+        height = 0.55 + 0.34 * len(panel.bars) if panel.bars else 2.3 if panel.bins else 2.9
         figure = Figure(figsize=(4.7, height), layout="constrained")
         axes = figure.add_subplot()
         _dress(axes, bars=bool(panel.bars))
-        (_draw_bars if panel.bars else _draw_lines)(axes, panel)
+        (_draw_bars if panel.bars else _draw_bins if panel.bins else _draw_lines)(axes, panel)
         handles = sorted(
             zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] == "planned"
         )
@@ -288,6 +300,28 @@ def _draw_bars(axes: Axes, panel: Panel) -> None:
     axes.set_xticks([])
     axes.set_yticks(list(places), names)
     axes.invert_yaxis()
+
+
+def _draw_bins(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    edges, counts = panel.bins or ((0.0, 1.0), (0,))
+    widths = [high - low for low, high in pairwise(edges)]
+    # A sliver of background between the bars, so that the bins can be told apart.
+    axes.bar(edges[:-1], counts, [0.92 * width for width in widths], align="edge", color=_LINE[0])
+    if panel.middle is not None:
+        axes.axvline(
+            panel.middle,
+            color=_FG,
+            linewidth=1.2,
+            linestyle=(0, (4, 3)),
+            label=f"median {short(panel.middle)}",
+        )
+    axes.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6 if axis is axes.xaxis else 4, integer=True))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 12))))
+    axes.set_xlabel("tokens", color=_MUTED)
 
 
 def _inline(svg: str, panel: Panel) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from markupsafe import Markup
 
 from lmlab.records import UserError
 from lmlab.tracking import plots
+from lmlab.tracking.data_view import DataView, Lengths, Shown
 from lmlab.tracking.plots import short
 from lmlab.tracking.values import as_written, counted, flatten, shown, visible
 
@@ -53,6 +55,7 @@ class RunFiles:
     run: dict[str, Any] = field(default_factory=dict)
     config: str = ""
     preview: str = ""
+    examples: list[Any] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
@@ -96,6 +99,7 @@ def read_run(run_dir: Path) -> RunFiles:
     run.run = _read_object(run, "run.json")
     run.config = _read_text(run, "config.yaml") or ""
     run.preview = _read_text(run, "mask_preview.txt") or ""
+    run.examples = _read_examples(run)
     for before, after in zip(run.metrics, run.metrics[1:], strict=False):
         if after["step"] < before["step"]:
             run.notices.append(f"The log goes back from step {before['step']} to step {after['step']}: the run was "
@@ -132,6 +136,15 @@ def _read_object(run: RunFiles, name: str) -> dict[str, Any]:
         return value
     run.notices.append(f"{name} is incomplete or not a JSON object: it is ignored.")
     return {}
+
+
+def _read_examples(run: RunFiles) -> list[Any]:
+    """mask_preview.json; where it is absent or torn, mask_preview.txt says the same with less colour."""
+    try:
+        value = json.loads((run.directory / "mask_preview.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return value if isinstance(value, list) else []
 
 
 def _read_lines(run: RunFiles, name: str) -> list[dict[str, Any]]:
@@ -285,23 +298,17 @@ def validations(run: RunFiles) -> dict[str, Any]:
     return {"columns": list(columns), "rows": rows, "best": best[0] if best else None}
 
 
-def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The data report as name, value and, for counts, their share of the records read or of the tokens."""
-    read, tokens = (plots.number(data.get(name, "")) or math.nan for name in ("records_read", "tokens"))
-    rows = []
-    for name, value in flatten(data).items():
-        whole, of = (tokens, "the tokens") if name == "supervised_tokens" else (read, "those read")
-        counted = name == "supervised_tokens" or (name.startswith("records_") and name != "records_read")
-        ratio = (plots.number(value) or 0.0) / whole if counted and isinstance(value, int) else math.nan
-        share = f"{ratio:.1%} of {of}" if math.isfinite(ratio) else ""
-        rows.append((name.replace("records_dropped/", "records_dropped: "), shown(value), share))
-    return rows
+def length_panel(lengths: Lengths) -> plots.Panel:
+    """The histogram of tokens per document."""
+    return plots.Panel(
+        "lengths", "Tokens per document", bins=(lengths.edges, lengths.counts), middle=lengths.median
+    )
 
 
-def _draw_all(run: RunFiles) -> tuple[list[tuple[plots.Panel, Markup]], list[str]]:
+def _draw_all(panels: Iterable[plots.Panel]) -> tuple[list[tuple[plots.Panel, Markup]], list[str]]:
     """The plots as markup, and a sentence for each that could not be drawn."""
     drawn, failures = [], []
-    for panel in plots.panels(run.metrics, flatten(run.summary)):
+    for panel in panels:
         try:
             drawn.append((panel, Markup(plots.draw(panel))))
         # Values such as 1e308 overflow inside matplotlib; the page must come out anyway.
@@ -310,30 +317,52 @@ def _draw_all(run: RunFiles) -> tuple[list[tuple[plots.Panel, Markup]], list[str
     return drawn, failures
 
 
-def render(run: RunFiles) -> str:
-    """The page as one string."""
+def templates() -> jinja2.Environment:
+    """Where the pages' templates are; everything put into them is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(visible=visible, shown=shown)
+    return environment
+
+
+def mask_page(examples: Sequence[Shown]) -> str:
+    """A page of the examples alone, with the trained spans marked, as W&B shows it in a panel."""
+    return templates().get_template("mask.html.jinja").render(examples=examples)
+
+
+def render(run: RunFiles) -> str:
+    """The page as one string."""
     argv = run.run.get("argv")
-    drawn, undrawn = _draw_all(run)
-    return environment.get_template("report.html.jinja").render(
-        name=run.directory.resolve().name,
-        command=" ".join(map(str, argv)) if isinstance(argv, list) else str(argv or ""),
-        status=status(run),
-        tiles=key_figures(run),
-        notices=run.notices + undrawn,
-        missing=run.missing,
-        panels=drawn,
-        validation=validations(run),
-        samples=sample_groups(run.samples),
-        data=_data_rows(run.data),
-        preview=run.preview,
-        config=run.config,
-        summary=[
-            (name, as_written(value)) for name, value in flatten(run.summary).items() if name != "traceback"
-        ],
-        environment=[(name, as_written(value)) for name, value in flatten(run.run).items()],
+    data = DataView.of(run.data, run.examples)
+    drawn, undrawn = _draw_all(plots.panels(run.metrics, flatten(run.summary)))
+    lengths, no_lengths = _draw_all([length_panel(data.lengths)] if data.lengths else [])
+    return (
+        templates()
+        .get_template("report.html.jinja")
+        .render(
+            name=run.directory.resolve().name,
+            command=" ".join(map(str, argv)) if isinstance(argv, list) else str(argv or ""),
+            status=status(run),
+            tiles=key_figures(run),
+            notices=run.notices + undrawn + no_lengths,
+            missing=run.missing,
+            panels=drawn,
+            validation=validations(run),
+            samples=sample_groups(run.samples),
+            data=data,
+            data_warnings=data.warnings(
+                masked=re.search(r"^task: sft$", run.config, re.MULTILINE) is not None
+            ),
+            lengths=lengths,
+            preview=run.preview,
+            config=run.config,
+            summary=[
+                (name, as_written(value))
+                for name, value in flatten(run.summary).items()
+                if name != "traceback"
+            ],
+            environment=[(name, as_written(value)) for name, value in flatten(run.run).items()],
+        )
     )

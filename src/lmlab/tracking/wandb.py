@@ -16,8 +16,12 @@ from typing import Any, Literal
 
 from lmlab.records import Sample
 from lmlab.registry import Config
+from lmlab.tracking.data_view import DataView
+from lmlab.tracking.values import writable
 
 SAMPLE_COLUMNS = ("step", "prompt_id", "prompt", "sampler", "seed", "text", "new_tokens", "stop_reason")
+UTF8 = "utf-8"
+EXAMPLE_COLUMNS = ("where", "tokens", "supervised_tokens", "truncated", "text")
 
 
 class LoggerConfig(Config):
@@ -152,6 +156,48 @@ class WandbTracker:
             )
 
         self._guard(table)
+
+    def data(self, report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
+        """Mirror what the run is trained on, before its first step.
+
+        The counts go to the summary as ``data/...``; into the history, at step 0, the lengths as a histogram, and the
+        examples as a table and as a page with the trained spans coloured.
+
+        Args:
+            report: data_report.json's object.
+            examples: mask_preview.json's list.
+        """
+        if self._run is None:
+            return
+        view = DataView.of(report, list(examples))
+
+        def mirror() -> None:
+            import wandb
+
+            from lmlab.tracking.report import mask_page
+
+            self._run.summary.update({f"data/{name}": value for name, value in view.figures.items()})
+            logged: dict[str, Any] = {"trainer/step": 0}
+            if view.lengths:
+                histogram = (list(view.lengths.counts), list(view.lengths.edges))
+                logged["data/lengths"] = wandb.Histogram(np_histogram=histogram)  # type: ignore[arg-type]
+            if view.examples:
+                rows = [
+                    [
+                        writable(e.where, UTF8),
+                        e.tokens,
+                        e.supervised_tokens,
+                        e.truncated,
+                        writable(e.marked, UTF8),
+                    ]
+                    for e in view.examples
+                ]
+                logged["data/examples"] = wandb.Table(columns=list(EXAMPLE_COLUMNS), data=rows)
+                page = writable(mask_page(view.examples), UTF8)
+                logged["data/mask_preview"] = wandb.Html(page, inject=False, data_is_not_path=True)
+            self._run.log(logged)
+
+        self._guard(mirror)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Mirror the final figures."""

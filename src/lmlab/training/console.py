@@ -52,15 +52,11 @@ class Progress:
             self.say(f"step {step}/{self.max_steps}  {figures}  lr {values['train/lr']:.2e}")
 
     def validated(self, step: int, values: Mapping[str, float]) -> None:
-        """A validation."""
+        """A validation, or the test at the end."""
         if not self.active:
             return
-        names = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/exact_match")
-        shown = "  ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
-        others = "  ".join(
-            f"{k} {v:.4f}" for k, v in values.items() if k.startswith("val/") and k not in names
-        )
-        self.say(f"step {step}/{self.max_steps}  {shown}  {others}".rstrip())
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k.startswith(("val/", "test/")))
+        self.say(f"step {step}/{self.max_steps}  {shown}".rstrip())
 
     def say(self, text: str) -> None:
         """A plain line that does not disturb the bar."""

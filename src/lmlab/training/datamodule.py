@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lmlab.data.order import ShareOfRows, StepBatches
 from lmlab.data.packing import collate_flat, collate_padded
-from lmlab.data.prepare import PreparedData
+from lmlab.data.prepared import PreparedData
 from lmlab.records import PackedBatch
 from lmlab.training.options import TrainerConfig
 

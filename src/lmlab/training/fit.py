@@ -102,13 +102,16 @@ def fit(
     checkpoints: Checkpoints,
     stop: GracefulStop,
     resume_from: Path | None = None,
+    test: bool = False,
 ) -> FitResult:
-    """Train to the end, or until a signal asks to stop.
+    """Train to the end, or until a signal asks to stop; then measure the test side, if ``test``, with the last weights.
 
     Raises:
         RunFailedError: a failure lmlab understands (a gradient that is not finite).
     """
     trainer.fit(module, datamodule, ckpt_path=str(resume_from) if resume_from else None, weights_only=True)
+    if test and stop.signal is None:
+        trainer.test(module, datamodule, verbose=False)
     return FitResult(trainer.global_step, checkpoints.best, checkpoints.best_step, stop.signal)
 
 

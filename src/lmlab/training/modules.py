@@ -51,11 +51,12 @@ class Validation:
     """What a validation pass is measured by.
 
     Attributes:
-        supervised_bytes: UTF-8 bytes of the whole validation split's trained text, for bits per byte.
+        supervised_bytes: UTF-8 bytes of the whole validation side's trained text, for bits per byte.
         prompts, references: validation records that text metrics generate for.
         metrics: name -> text metric.
         generator: continues prompts with the model in training.
         sampler: how it draws for metrics.
+        test_bytes: as ``supervised_bytes``, of the test side.
     """
 
     supervised_bytes: int
@@ -64,6 +65,7 @@ class Validation:
     metrics: dict[str, MetricConfig] = field(default_factory=dict)
     generator: TextGenerator | None = None
     sampler: SamplerConfig | None = None
+    test_bytes: int = 0
 
 
 class CausalLMModule(LightningModule):
@@ -211,14 +213,7 @@ class CausalLMModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks, compute, and hand the figures to the log."""
-        nll, tokens = float(self._val_nll.compute()), float(self._val_tokens.compute())
-        self._val_nll.reset()
-        self._val_tokens.reset()
-        values = {
-            "val/loss": nll / max(1.0, tokens),
-            **self.likelihood_metrics(nll, tokens),
-            **self.text_metrics(),
-        }
+        values = {**self._likelihood("val", self.validation.supervised_bytes), **self.text_metrics()}
         self.meter.start(None)
         for name, value in values.items():
             self.log(
@@ -226,11 +221,29 @@ class CausalLMModule(LightningModule):
             )  # so that Lightning's own callbacks can monitor it
         self.on_metrics(values)
 
-    def likelihood_metrics(self, nll: float, tokens: float) -> dict[str, float]:
-        """Perplexity and bits per byte from the summed nll in nats."""
-        values = {"val/perplexity": math.exp(min(nll / max(1.0, tokens), 700.0))}
-        if self.validation.supervised_bytes:
-            values["val/bits_per_byte"] = nll / math.log(2) / self.validation.supervised_bytes
+    def on_test_start(self) -> None:
+        """Memory phase only."""
+        self.meter.start("eval")
+
+    def test_step(self, batch: PackedBatch, batch_index: int) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_index)
+
+    def on_test_epoch_end(self) -> None:
+        """The figures of the test side, measured once."""
+        values = self._likelihood("test", self.validation.test_bytes)
+        self.meter.start(None)
+        self.on_metrics(values)
+
+    def _likelihood(self, side: str, supervised_bytes: int) -> dict[str, float]:
+        """Loss (nats per token), perplexity and bits per byte over all batches of all ranks; begins anew."""
+        nll, tokens = float(self._val_nll.compute()), float(self._val_tokens.compute())
+        self._val_nll.reset()
+        self._val_tokens.reset()
+        loss = nll / max(1.0, tokens)
+        values = {f"{side}/loss": loss, f"{side}/perplexity": math.exp(min(loss, 700.0))}
+        if supervised_bytes:
+            values[f"{side}/bits_per_byte"] = nll / math.log(2) / supervised_bytes
         return values
 
     def text_metrics(self) -> dict[str, float]:
