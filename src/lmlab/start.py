@@ -189,7 +189,9 @@ def text_encoder(tokenizer: Any) -> TextEncoder:
 
     @functools.cache
     def fast() -> FastEncoder:
-        return FastEncoder(tokenizer)  # checks itself against the library, so it is made once and only if needed
+        return FastEncoder(
+            tokenizer
+        )  # checks itself against the library, so it is made once and only if needed
 
     return TextEncoder(
         encode=encode,

@@ -61,7 +61,7 @@ def test_text_that_no_token_holds_is_trained_only_between_trained_tokens() -> No
     words = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
 
-    def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(text: str, **_: Any) -> tuple[list[int], list[tuple[int, int]]]:
         made = words.encode(text)
         return made.ids, made.offsets
 

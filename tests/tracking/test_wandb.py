@@ -49,11 +49,19 @@ def make_tracker(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatc
     return make
 
 
-def inspect(run_dir: Path, *options: str) -> list[dict[str, Any]]:
+def inspect(run_dir: Path, *options: str) -> str:
     (file,) = run_dir.glob("wandb/*offline-run-*/run-*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", *options, "--json", str(file)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [json.loads(line) for line in shown.splitlines()]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def summary_of(run_dir: Path) -> dict[str, Any]:
+    return json.loads(inspect(run_dir, "--summary"))["summary"]
+
+
+def history_of(run_dir: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in inspect(run_dir).splitlines()]
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
 
 
 def test_counts_histogram_examples_and_page_are_mirrored_at_step_0(
@@ -64,15 +72,14 @@ def test_counts_histogram_examples_and_page_are_mirrored_at_step_0(
     tracker.log(0, {"val/loss": 2.0})
     tracker.finish(0)
 
-    summary = inspect(tmp_path, "--summary")[0]["summary"]
+    summary = summary_of(tmp_path)
     for name in ("records_read", "records_kept", "records_truncated", "tokens", "supervised_tokens", "fill"):
         assert summary[f"data/{name}"] == data_report[name]
     assert summary["data/records_dropped/empty output"] == 3
     assert summary["data/train/tokens"] == 2400
     assert summary["data/tokens_per_record/median"] == 45
 
-    rows = [r["history"]["item"] for r in inspect(tmp_path) if r["type"] == "history"]
-    (row,) = [row for row in rows if "data/lengths" in row]
+    (row,) = [row for row in history_of(tmp_path) if "data/lengths" in row]
     assert row["trainer/step"] == 0
     assert row["data/lengths"]["bins"] == data_report["length_histogram"]["edges"]
     assert row["data/lengths"]["values"] == data_report["length_histogram"]["counts"]
@@ -105,7 +112,7 @@ def test_an_older_report_is_mirrored_as_far_as_it_goes(tmp_path: Path, make_trac
     tracker = make_tracker()
     tracker.data({"records_read": 7, "length_histogram": "none"}, [])
     tracker.finish(0)
-    summary = inspect(tmp_path, "--summary")[0]["summary"]
+    summary = summary_of(tmp_path)
     assert summary["data/records_read"] == 7
     assert not [name for name in summary if name in ("data/lengths", "data/examples", "data/mask_preview")]
 

@@ -26,13 +26,8 @@ def previewed(encoded: EncodedDocument, where: str) -> dict[str, Any]:
         the text as encoded, but for what `MAX_SPAN` leaves out) and ``eos``, whether the last span stands for an appended
         EOS token instead of text.
     """
-    spans: list[list[Any]] = []
-    for piece, trained in _pieces(encoded):
-        if spans and spans[-1][1] == trained:
-            spans[-1][0] += piece
-        else:
-            spans.append([piece, trained])
-    spans = [[_clip(piece), trained] for piece, trained in spans]
+    runs = groupby(_pieces(encoded), key=lambda piece: piece[1])
+    spans: list[list[Any]] = [[_clip("".join(text for text, _ in run)), trained] for trained, run in runs]
     eos = len(encoded.ids) > len(encoded.offsets)
     if eos:
         spans.append([EOS, bool(encoded.trained[-1])])
