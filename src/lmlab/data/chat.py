@@ -122,16 +122,16 @@ def _prompt(turns: Turns, render: RenderChat, before: str) -> str:
     The template's own generation prompt where it is the beginning of that: what it leaves (a space, empty thoughts) is
     what the model writes itself when it is asked.
     """
+    # A prompt that ends with the space before the answer would be cut into other tokens than both together.
+    heading = before[:-1] if re.search(r"\S $", before) else before
     try:
         opening = render(turns, True)
     except Exception:  # of no turns at all, say: an assistant that speaks first is never asked
-        return before
+        return heading
     if not before.startswith(opening):
-        return before
+        return heading
     if before[len(opening) :].strip() and opening == _rendered(render, turns):
-        return (
-            before  # the template knows no generation prompt, and the turn's heading is no part of the answer
-        )
+        return heading  # there is no generation prompt, and the turn's heading is no part of the answer
     return opening
 
 

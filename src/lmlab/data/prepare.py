@@ -25,6 +25,7 @@ from lmlab.data.encoding import Encode, EncodedDocument, LengthPolicy, encode_do
 from lmlab.data.fields import BadRecordError
 from lmlab.data.files import Intake
 from lmlab.data.formats import FIELDS, FormatOptions, formats, template_source
+from lmlab.data.mix import MixData
 from lmlab.data.prepared import PreparedData, from_shards, mixed, row_meta
 from lmlab.data.shards import ShardWriter, write_index
 from lmlab.data.sources import DataConfig, cache_root
@@ -104,10 +105,10 @@ def prepare(config: DataConfig, encoder: TextEncoder, *, task: str) -> PreparedD
 
 def _write(folder: Path, config: DataConfig, encoder: TextEncoder, *, task: str) -> None:
     folder.mkdir(parents=True)
-    if config.kind == "mix":
+    if isinstance(config, MixData):
         made = [(name, weight, prepare(part, encoder, task=task)) for name, weight, part in config.parts()]
         meta, examples = mixed(made)
-    elif config.kind == "shards":
+    elif isinstance(config, ShardsData):
         meta, examples = from_shards(config, encoder.decode, tokenizer_hash=encoder.key)
     else:
         meta, examples = _Encoding(config, encoder, task=task).write(folder)
@@ -245,7 +246,7 @@ def _check_columns(config: DataConfig, format_name: str, plan: SplitPlan) -> Non
 
 def training_texts(config: DataConfig, *, task: str) -> Iterator[str]:
     """The texts of the training side, for training a tokenizer that never sees the others."""
-    if config.kind == "mix":
+    if isinstance(config, MixData):
         for _, _, part in config.parts():
             yield from training_texts(part, task=task)
         return
