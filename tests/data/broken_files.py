@@ -31,7 +31,7 @@ NOT_JSON = ": mend it, or use one JSON object a line (.jsonl)"
 NAMES = ": give the first line a name for each column, each once"
 REWRITE = ": write or download it again"
 COPY = ": copy or download it again; it is cut or damaged, or no .gz at all"
-GOOD = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}, é."} for i in range(6)]
+GOOD = [{"instruction": f"Say {i}.", "input": "", "output": f"It is {i}, é, now."} for i in range(6)]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Broken:
         suffix: its type.
         what: what is wrong, for the table.
         content: the bytes (before packing, unless ``suffix`` ends in .gz).
-        line: the error line under on_bad_record=error; ``{file}`` is the file.
+        line: the error line under on_bad_record=error; ``{file}`` is the file, ``{detail}`` a library's own words.
         read: records read under skip; None where the file is refused all the same.
         dropped: reason -> count under skip.
     """
@@ -201,14 +201,14 @@ def lines() -> Iterator[Broken]:
         ".jsonl",
         "cut last line",
         jsonl(*GOOD)[:-4],
-        "broken JSON: Unterminated string starting at: line 1 column 51 (char 50) ({file}:6)" + SKIPPED,
+        "broken JSON: Unterminated string starting at: line 1 column 50 (char 49) ({file}:6)" + SKIPPED,
         read=6,
         dropped={"broken JSON": 1},
     )
     yield Broken(
         ".jsonl",
         "UTF-16",
-        jsonl(*GOOD[:1]).decode().encode("utf-16-le"),
+        jsonl({"instruction": "a", "output": "b"}).decode().encode("utf-16-le"),
         "broken JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1) ({file}:1)"
         + SKIPPED,
         read=2,
@@ -237,7 +237,7 @@ def lists() -> Iterator[Broken]:
         "not JSON: Expecting value: line 1 column 11 (char 10) ({file})" + NOT_JSON,
     )
     yield Broken(
-        ".json", "lines", jsonl(*GOOD), "not JSON: Extra data: line 2 column 1 (char 67) ({file})" + NOT_JSON
+        ".json", "lines", jsonl(*GOOD), "not JSON: Extra data: line 2 column 1 (char 69) ({file})" + NOT_JSON
     )
     yield Broken(
         ".json",
@@ -372,7 +372,7 @@ def columnar() -> Iterator[Broken]:
         ".parquet",
         "damaged",
         damaged(),
-        "damaged after row 4: Corrupt snappy compressed data. ({file})" + REWRITE,
+        "{detail} ({file})" + REWRITE,
     )
     yield Broken(".parquet", "no rows", columns_of([], pa.string()), NO_RECORD)  # fmt: skip
 
@@ -396,7 +396,7 @@ def packed() -> Iterator[Broken]:
         ".jsonl.gz",
         "damaged",
         whole[:-8] + bytes(4) + whole[-4:],
-        "not a whole .gz: CRC check failed {crc} ({file})" + COPY,
+        "not a whole .gz: CRC check failed {detail} ({file})" + COPY,
     )
     yield Broken(
         ".jsonl.gz",

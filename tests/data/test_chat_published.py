@@ -242,24 +242,3 @@ def test_the_sharegpt_file_reads_as_its_messages(
     assert len(shared) == len(conversations) == 500
     for one, record in zip(shared, conversations, strict=True):
         assert formatted(Record(one, "here:1"), encoder) == formatted(record, encoder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", sorted(WRITTEN))
-def test_against_known_strings_all_conversations(
-    name: str, way: str, real_data: Path, conversations: list[Record], tokenizers: dict[str, Any]
-) -> None:
-    source = sources(real_data, name)[way]
-    for tokenizer in tokenizers.values():
-        assert over(conversations, name, way, source, tokenizer) == {"ok": 500}
-
-
-def test_a_template_refuses_a_conversation_and_it_is_counted(
-    real_data: Path, tokenizers: dict[str, Any]
-) -> None:
-    turns = [{"role": "user", "content": "a"}] * 2 + [{"role": "assistant", "content": "b"}]
-    for name in ("llama-3-instruct", "vicuna", "gemma-it"):
-        for source in sources(real_data, name).values():
-            seen = over([Record({"messages": turns}, "x")], name, "raw", source, tokenizers["gpt2"])
-            assert seen == {"chat template refuses it": 1}

@@ -13,7 +13,7 @@ import pytest
 from lmlab.data.encoding import EncodedDocument, LengthPolicy, encode_document, fit_document
 from lmlab.data.formats import BadRecordError, FormatOptions, formats, template_source
 from lmlab.data.prepare import TextEncoder
-from lmlab.data.preview import CLOSE, OPEN, mask_preview
+from lmlab.data.preview import CLOSE, OPEN, mask_preview, previewed
 from lmlab.records import Document, Record, Segment, UserError
 
 from .conftest import random_text
@@ -315,8 +315,9 @@ def test_the_preview_marks_exactly_what_is_trained(bpe: Any, encoder: TextEncode
         encoder.eos_token_id,
     )
     cut = fit(encoder, 60, with_fields(output="word " * 80))
-    shown = mask_preview([messages, encoded(encoder, "Q:\n", " A"), cut])
+    made = [messages, encoded(encoder, "Q:\n", " A"), cut]
+    shown = mask_preview([previewed(each, f"x:{i}") for i, each in enumerate(made)])
     assert f"U: hi\n{OPEN}A: é\n{CLOSE}U: 12\n{OPEN}A: 😀<EOS>{CLOSE}\n" in shown
     assert f"Q:\n{OPEN} A<EOS>{CLOSE}\n" in shown
     assert f"### Response:\n{OPEN}{trained_text(bpe, cut)}{CLOSE}\n" in shown
-    assert f"--- example 2: {len(encoded(encoder, 'Q:', ' A').ids) + 1} tokens, 2 trained\n" in shown
+    assert f"--- example 2 (x:1): {len(encoded(encoder, 'Q:', ' A').ids) + 1} tokens, 2 trained\n" in shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -41,21 +40,6 @@ TALK = [
     {"role": "assistant", "content": "Yes?\n\nI do."},
     {"role": "user", "content": "Nothing."},
 ]
-MARKS = {  # what the template writes between the generation prompt and the answer, and behind the answer
-    "alpaca": ("", "</s>\n\n"),
-    "chatml": ("", "<|im_end|>\n"),
-    "gemma-it": ("", "<end_of_turn>\n"),
-    "granite-3.0-instruct": ("", "<|end_of_text|>\n"),
-    "llama-2-chat": (" ", " </s>"),
-    "llama-3-instruct": ("", "<|eot_id|>"),
-    "mistral-instruct": (" ", "</s>"),
-    "openchat-3.5": (" ", "<|end_of_turn|>"),
-    "phi-3": ("", "<|end|>\n"),
-    "qwen2.5-instruct": ("", "<|im_end|>\n"),
-    "solar-instruct": ("", "\n\n"),
-    "vicuna": (" ", "</s>\n"),
-    "zephyr": ("", "</s>\n"),
-}
 
 
 def chatml(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
@@ -195,7 +179,7 @@ BAD_FIELDS = [
     ("messages", {"messages": {"role": "user"}}, "no messages"),
     ("messages", {"messages": ["hello"]}, "message without role or content"),
     ("messages", {"messages": [{"role": "user"}]}, "message without role or content"),
-    ("messages", {"messages": [{"role": "assistant", "content": None}]}, "message without role or content"),
+    ("messages", {"messages": [{"role": "assistant", "content": None}]}, "empty response"),
     ("messages", {"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
     ("messages", {"messages": [{"role": "assistant", "content": " "}]}, "empty response"),
     ("messages", {"messages": [{"role": "assistant", "content": LONE}]}, "not Unicode text"),
@@ -218,9 +202,9 @@ def test_every_assistant_turn_with_its_end_mark_is_trained() -> None:
     made = document("messages", {"messages": TALK})
     assert parts(made) == [
         (chatml(TALK[:2], True), False),
-        ("I am a model.<|im_end|>\n", True),
-        (chatml(TALK[3:4], True), False),
-        ("Yes?\n\nI do.<|im_end|>\n", True),
+        ("I am a model.<|im_end|>", True),
+        ("\n" + chatml(TALK[3:4], True), False),
+        ("Yes?\n\nI do.<|im_end|>", True),
     ]
     assert (made.prompt, made.response) == (chatml(TALK[:4], True), "Yes?\n\nI do.")
 
@@ -241,7 +225,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     def forgetful(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return chatml(messages[-2:], add_generation_prompt)  # as those that cut old thoughts
 
-    with pytest.raises(BadRecordError, match="not prefix-stable"):
+    with pytest.raises(BadRecordError, match="chat template not stable: turn 3: it is left out"):
         document("messages", {"messages": TALK}, render_chat=forgetful)
 
 
@@ -264,44 +248,8 @@ def test_default_chat_template_on_tokens(bpe: Any, encoder: TextEncoder) -> None
         elif runs[-1]:
             runs.append([])
     spoken = [bpe.decode(run) for run in runs if run]
-    assert spoken == ["I am a model.<|im_end|>\n", "Yes?\n\nI do.<|im_end|>\n<|endoftext|>"]
+    assert spoken == ["I am a model.<|im_end|>", "Yes?\n\nI do.<|im_end|><|endoftext|>"]
     assert encoded.ids.tolist().count(encoder.eos_token_id) == 1
-
-
-@pytest.mark.parametrize("name", sorted(MARKS))
-def test_published_chat_templates(
-    name: str, stories: Any, real_data: Path, make_encoder: Callable[[Any], TextEncoder]
-) -> None:
-    source = (real_data / "chat-templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    if "{%-" not in source:  # this collection is written with indents and line ends that are no part of it
-        source = source.replace("    ", "").replace("\n", "")
-    tokenizer = copy.deepcopy(stories)
-    tokenizer.chat_template = source
-    encoder = make_encoder(tokenizer)
-    before, behind = MARKS[name]
-    made = document("messages", {"messages": TALK}, render_chat=encoder.render_chat)
-    assert [s.text for s in made.segments if s.trained] == [
-        before + content + behind for content in ("I am a model.", "Yes?\n\nI do.")
-    ]
-    untrained = "".join(s.text for s in made.segments if not s.trained)
-    assert "Who are you?" in untrained
-    assert "I am a model." not in untrained
-    assert "Nothing." not in "".join(s.text for s in made.segments)  # nobody answers it
-    encoded = encode_document(made, encoder.encode, encoder.eos_token_id)
-    at_eos = encoded.trained[encoded.ids == encoder.eos_token_id]
-    # Where the template's end mark is EOS each answer ends with it (and zephyr's questions too), else the last alone.
-    assert at_eos.sum() == (2 if "</s>" in behind else 1)
-    assert at_eos[-1]
-    assert name == "zephyr" or at_eos.all()
-    spans = zip(encoded.offsets, encoded.trained, strict=False)
-    whole = "".join(s.text for s in made.segments)
-    assert whole[min(start for (start, _), flag in spans if flag) :].lstrip().startswith("I am a model.")
-    # A conversation that an alternating template refuses is a bad record, not a crash.
-    twice = [TALK[1], TALK[1], TALK[2]]
-    if "raise_exception" in source and name not in ("qwen2.5-instruct",):
-        with pytest.raises(BadRecordError) as caught:
-            document("messages", {"messages": twice}, render_chat=encoder.render_chat)
-        assert caught.value.reason == "chat template refuses it"
 
 
 def test_real_sharegpt_file_reads_as_its_messages(real_data: Path) -> None:

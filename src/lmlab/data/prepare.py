@@ -28,7 +28,7 @@ from lmlab.data.formats import FIELDS, FormatOptions, formats, template_source
 from lmlab.data.mix import MixData
 from lmlab.data.prepared import PreparedData, from_shards, mixed, row_meta
 from lmlab.data.shards import ShardWriter, write_index
-from lmlab.data.sources import DataConfig, cache_root
+from lmlab.data.sources import DataConfig, ShardsData, cache_root
 from lmlab.data.split import SIDES, SplitPlan, plan_split
 from lmlab.data.tally import Tally
 from lmlab.records import Document, Record, Segment, UserError
@@ -152,7 +152,7 @@ class _Encoding:
                 self._one(side, record, writers[side])
             except BadRecordError as error:
                 if error.reason in ("no trained token", "too long"):  # the length policy's own doing
-                    self.intake.dropped[error.reason] += 1
+                    self.intake.drop(error.reason, where=record.where, detail=error.detail)
                 else:
                     self.intake.bad(error.reason, where=record.where, detail=error.detail)
         _check_sides(self.config, self.tally, sides)

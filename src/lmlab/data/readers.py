@@ -104,7 +104,7 @@ def read_jsonl(file: Path, intake: Intake) -> Iterator[Record]:
             where = f"{file}:{number}"
             text = decoded(line, intake, where=where, offset=start)
             if text is not None:
-                yield from _parsed(text, intake, where=where)
+                yield from _parsed(text.rstrip("\r\n"), intake, where=where)
 
 
 def read_json(file: Path, intake: Intake) -> Iterator[Record]:

@@ -115,7 +115,7 @@ class Tally:
             "records_read": intake.read,
             "records_kept": intake.kept,
             "records_dropped": dict(intake.dropped),
-            "dropped_examples": list(getattr(intake, "dropped_examples", [])),
+            "dropped_examples": list(intake.dropped_examples),
             "records_truncated": intake.truncated,
             "tokens": int(lengths.sum()),
             "supervised_tokens": sum(side.supervised_tokens for side in self.sides.values()),
