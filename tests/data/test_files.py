@@ -28,7 +28,9 @@ def test_a_broken_file_is_one_line_or_is_counted(broken: Broken, pack: bool, tmp
         pytest.skip("packed already")
     file = write(broken, tmp_path, pack=pack)
     line = error_line(lambda: delivered(config_for(file)))
-    expected = " ".join(broken.line.replace("{{", "{").replace("}}", "}").replace("{file}", str(file)).split())
+    expected = " ".join(
+        broken.line.replace("{{", "{").replace("}}", "}").replace("{file}", str(file)).split()
+    )
     assert re.fullmatch(re.escape(expected).replace(r"\{detail\}", ".{5,200}"), line)
     assert "\n" not in line
     if broken.read is None:

@@ -16,7 +16,7 @@ from lmlab.data.sources import guess_format
 from lmlab.records import Record, UserError
 
 MEND = "mend it, or count and skip such records by data.on_bad_record=skip"
-GIVE = "a .txt/.md/.jsonl/.json file, a folder or a glob of them"
+GIVE = "a .txt/.md/.jsonl/.json/.csv/.tsv/.parquet file or a .gz of one, a folder or a glob of them"
 HOLDS = "give a file with data, or leave it out of data.path"
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 Make = Callable[..., Any]
@@ -42,9 +42,9 @@ def test_nothing_there(tmp_path: Path, make_config: Make, name: str) -> None:
 
 
 def test_an_empty_folder_is_nothing(tmp_path: Path, make_config: Make) -> None:
-    (tmp_path / "notes.csv").write_text("a,b")  # a folder's other files are not its data
+    (tmp_path / "notes.png").write_text("a,b")  # a folder's other files are not its data
     message = error_of(make_config("jsonl", path=str(tmp_path)))
-    assert message == f"no such data file: {tmp_path} (data.path): {GIVE}"
+    assert message == f"no data file in the folder {tmp_path}, which holds 1 .png (data.path): {GIVE}"
 
 
 @pytest.mark.parametrize("path", ["", "  "])
@@ -60,10 +60,13 @@ def test_a_path_the_system_refuses(make_config: Make) -> None:
 
 
 def test_unknown_suffix(tmp_path: Path, make_config: Make) -> None:
-    file = tmp_path / "data.csv"
-    file.write_text("a,b")
-    expected = f"cannot read '.csv' files: {file} (data.path): use .txt, .md, .jsonl, .json"
-    assert error_of(make_config("jsonl", path=str(file))) == expected
+    for name in ("data.jsonn", "data.xlsx"):
+        file = tmp_path / name
+        file.write_text("a,b")
+        message = error_of(make_config("jsonl", path=str(file)))
+        assert message.startswith(f"cannot read '{file.suffix}' files: {file} (data.path): ")
+        assert message.endswith("one of .txt, .md, .jsonl, .json, .csv, .tsv, .parquet, or .gz of one")
+        assert ("did you mean '.json" in message) == (name == "data.jsonn")
 
 
 @pytest.mark.parametrize(
@@ -74,8 +77,6 @@ def test_unknown_suffix(tmp_path: Path, make_config: Make) -> None:
         ("a.jsonl", b"\xef\xbb\xbf\n"),
         ("a.json", b""),
         ("a.json", b"[]"),
-        ("a.txt", b" \n"),
-        ("a.txt", b"\xef\xbb\xbf"),
     ],
 )
 @pytest.mark.parametrize("on_bad_record", ["error", "skip"])
@@ -222,15 +223,14 @@ def test_a_file_without_permission(
 ) -> None:
     file = tmp_path / name
     file.write_text("x")
+    config = make_config("jsonl", path=str(file))
     denied = PermissionError(13, "Permission denied")
 
     def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:  # root may read everything, so it is feigned
         raise denied
 
     monkeypatch.setattr(Path, "open", refuse)
-    assert error_of(make_config("jsonl", path=str(file))).startswith(
-        f"cannot be read: Permission denied ({file})"
-    )
+    assert error_of(config).startswith(f"cannot be read: Permission denied ({file})")
 
 
 def test_folders_and_globs_come_in_order(tmp_path: Path, make_config: Make) -> None:
@@ -313,10 +313,14 @@ def test_a_hub_data_set_from_a_local_directory(tmp_path: Path, make_config: Make
         pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     columns = {"instruction": "q", "output": "a"}
     keys = {"name": str(folder), "config_name": None, "split": "train", "revision": None, "columns": columns}
+    keys |= {"streaming": False, "max_records": None}
     config = make_config("hub", **keys)
     records, intake = read(config)
     assert [record.fields for record in records] == rows
     assert records[2].where == f"{folder}:train:2"
+    assert read(make_config("hub", **keys | {"streaming": True}))[0] == records
+    assert read(make_config("hub", **keys | {"streaming": True, "max_records": 3}))[0] == records[:3]
+    assert read(make_config("hub", **keys | {"max_records": 3}))[0] == records[:3]
     assert intake.read == 4
     assert config.format_for("sft") == "triples"
     key = config.content_key()
@@ -329,10 +333,16 @@ def test_a_hub_data_set_from_a_local_directory(tmp_path: Path, make_config: Make
 @pytest.mark.usefixtures("hub_cache")
 def test_a_hub_data_set_that_is_not_there(tmp_path: Path, make_config: Make) -> None:
     name = str(tmp_path / "none")
-    config = make_config("hub", name=name, config_name=None, split="train", revision=None)
-    message = error_of(config)
-    assert message.startswith(f"data set '{name}' cannot be loaded: ")
-    assert message.endswith("(data.name): check name, split and network, or give a local directory")
+    keys = {"config_name": None, "split": "train", "revision": None, "max_records": None}
+    for given, streaming in (
+        (name, False),
+        (name, True),
+        ("lmlab-tests/none", False),
+        ("lmlab-tests/none", True),
+    ):
+        message = error_of(make_config("hub", name=given, streaming=streaming, **keys))
+        assert message.startswith(f"data set '{given}' cannot be loaded: ")
+        assert message.endswith("(data.name): check name, split and network, or give a local directory")
 
 
 def test_the_embedded_corpora_count_what_they_give(make_config: Make) -> None:
