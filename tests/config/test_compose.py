@@ -45,7 +45,8 @@ def test_every_option_of_every_group_composes_and_validates(composed: Compose, o
     group, name = option.split("=")
     values = composed(option, *(["model=llama_tiny"] if option == "tokenizer=bpe" else []))
     for key in OmegaConf.missing_keys(values):
-        OmegaConf.update(values, key, "given")
+        listed = [{"path": "given.jsonl", "weight": 1}]
+        OmegaConf.update(values, key, listed if key == "data.sources" else "given")
     config = to_run_config(values)
     chosen: Any = getattr(config, group, None)
     if hasattr(chosen, "kind") and group != "model":

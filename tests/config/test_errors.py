@@ -65,7 +65,10 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     # mistyped options
     ("adapter=qlra",): ("adapter", ["no option 'qlra'", "did you mean 'qlora'?", "lora, none, qlora"]),
     ("quant=nf5",): ("quant", ["no option 'nf5'", "did you mean 'nf4'?"]),
-    ("data=texts",): ("data", ["did you mean 'text'? one of hub, jsonl, python_help, skills, text\n"]),
+    ("data=texts",): (
+        "data",
+        ["did you mean 'text'? one of hub, jsonl, mix, python_help, shards, skills, text\n"],
+    ),
     ("experiment=nosuch",): ("experiment", ["no option 'nosuch'", "tiny_base"]),
     ("optim.name=adamm",): ("optim.name", ["'adamm'", "did you mean 'adamw'?", "sgd"]),
     ("adapter.kind=lorra",): ("adapter.kind", ["'lorra'", "did you mean 'lora'?"]),

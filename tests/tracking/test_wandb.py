@@ -60,8 +60,16 @@ def summary_of(run_dir: Path) -> dict[str, Any]:
 
 
 def history_of(run_dir: Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in inspect(run_dir).splitlines()]
-    return [record["history"]["item"] for record in records if record["type"] == "history"]
+    """Logged rows; ``data/lengths.bins`` is told as ``{"data/lengths": {"bins": ...}}``."""
+    rows: list[dict[str, Any]] = []
+    for record in map(json.loads, inspect(run_dir).splitlines()):
+        if record["type"] != "history":
+            continue
+        rows.append({})
+        for key, value in record["history"]["item"].items():
+            name, _, part = key.partition(".")
+            rows[-1] |= {name: value} if not part else {name: {**rows[-1].get(name, {}), part: value}}
+    return rows
 
 
 def test_counts_histogram_examples_and_page_are_mirrored_at_step_0(
