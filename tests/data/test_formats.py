@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lmlab.config.compose import CONF
 from lmlab.data.encoding import encode_document
 from lmlab.data.formats import (
     BadRecordError,
@@ -20,6 +21,8 @@ from lmlab.data.formats import (
 from lmlab.data.prepare import TextEncoder
 from lmlab.records import Document, Record, UserError
 from lmlab.tokenizers import DEFAULT_CHAT_TEMPLATE
+
+from .broken_records import BAD_FIELDS, page
 
 # As published in github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT; lmlab ends the line behind it.
 STANFORD_INPUT = (
@@ -152,40 +155,6 @@ def test_pretraining_trains_every_segment() -> None:
         assert all(trained)
 
 
-LONE = "a\ud800"
-BAD_FIELDS = [
-    ("triples", {"input": "x", "output": "y"}, "no instruction"),
-    ("triples", {"instruction": None, "output": "y"}, "no instruction"),
-    ("triples", {"instruction": " \n", "output": "y"}, "empty instruction"),
-    ("triples", {"instruction": 7, "output": "y"}, "instruction is not text"),
-    ("triples", {"instruction": ["x"], "output": "y"}, "instruction is not text"),
-    ("triples", {"instruction": "x", "input": 7, "output": "y"}, "input is not text"),
-    ("triples", {"instruction": "x", "input": LONE, "output": "y"}, "not Unicode text"),
-    ("triples", {"instruction": "x"}, "no output"),
-    ("triples", {"instruction": "x", "output": ""}, "empty output"),
-    ("triples", {"instruction": "x", "output": True}, "output is not text"),
-    ("triples", {"instruction": "x", "output": LONE}, "not Unicode text"),
-    ("completion", {"prompt": "x"}, "no completion"),
-    ("completion", {"prompt": "", "completion": "y"}, "empty prompt"),
-    ("completion", {"prompt": "x", "completion": "\t"}, "empty completion"),
-    ("text", {"text": None}, "no text"),
-    ("text", {}, "no text"),
-    ("text", {"text": "\n"}, "empty text"),
-    ("text", {"text": {"a": "b"}}, "text is not text"),
-    ("text", {"text": LONE}, "not Unicode text"),
-    ("messages", {}, "no messages"),
-    ("messages", {"messages": []}, "no messages"),
-    ("messages", {"messages": "hello"}, "no messages"),
-    ("messages", {"messages": {"role": "user"}}, "no messages"),
-    ("messages", {"messages": ["hello"]}, "message without role or content"),
-    ("messages", {"messages": [{"role": "user"}]}, "message without role or content"),
-    ("messages", {"messages": [{"role": "assistant", "content": None}]}, "empty response"),
-    ("messages", {"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
-    ("messages", {"messages": [{"role": "assistant", "content": " "}]}, "empty response"),
-    ("messages", {"messages": [{"role": "assistant", "content": LONE}]}, "not Unicode text"),
-]
-
-
 @pytest.mark.parametrize(("name", "fields", "reason"), BAD_FIELDS, ids=range(len(BAD_FIELDS)))
 def test_bad_fields(name: str, fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRecordError) as caught:
@@ -259,3 +228,8 @@ def test_real_sharegpt_file_reads_as_its_messages(real_data: Path) -> None:
     assert len(shared) == len(lines) == 500
     for one, line in zip(shared[::25], lines[::25], strict=True):
         assert document("messages", one) == document("messages", json.loads(line))
+
+
+def test_the_page_of_error_lines_is_what_is_said() -> None:
+    written = (CONF.parent / "docs" / "data-errors.md").read_text(encoding="utf-8")
+    assert page() == written, "write it anew: python -m tests.data.broken_records > docs/data-errors.md"

@@ -52,7 +52,7 @@ def byte_encoder() -> TextEncoder:
 
     return TextEncoder(
         encode=encode,
-        encode_long=lambda text: iter([np.array(encode(text)[0])]),
+        encode_long=lambda pieces: iter([np.array([*encode("".join(pieces))[0], 256])]),
         decode=decode,
         eos_token_id=256,
         vocab_size=257,

@@ -182,7 +182,7 @@ class WandbTracker:
                 histogram = (list(view.lengths.counts), list(view.lengths.edges))
                 logged["data/lengths"] = wandb.Histogram(np_histogram=histogram)  # type: ignore[arg-type]
             if view.examples:
-                rows = [
+                rows: list[Any] = [
                     [
                         writable(e.where, UTF8),
                         e.tokens,
