@@ -33,7 +33,7 @@ METRICS = {
 """Every metric name of design.md that applies to a CPU; planned memory and MFU come with the memory plan."""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def qlora(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, subprocess.CompletedProcess[str]]:
     root = tmp_path_factory.mktemp("cli") / "ä b"
     done = command(

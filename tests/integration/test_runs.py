@@ -19,7 +19,7 @@ Train = Callable[..., RunDir]
 TEXT = "The quick brown fox jumps over the lazy dog, again and again; and {i} is a number. "
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "corpus ü.txt"
     file.write_text(
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pretrained(train: Train, corpus: Path) -> RunDir:
     return train(
         "pre",
@@ -276,7 +276,10 @@ def test_what_is_wrong_is_said_before_anything_is_made(train: Train, tmp_path: P
     (tmp_path / "nomodel").mkdir()
     cases = {
         "missing": (("data=text", f"data.path={tmp_path}/nope.txt"), r"no such data file"),
-        "empty": (("data=text", f"data.path={tmp_path}/empty.txt"), r"holds no record \(.*empty\.txt\)"),
+        "empty": (
+            ("data=text", f"data.path={tmp_path}/empty.txt"),
+            r"no text: the file is empty \(.*empty\.txt\)",
+        ),
         "json": (("data=jsonl", f"data.path={broken}"), r"broken JSON: .*\(.*broken\.jsonl:2\)"),
         "output": (("data=jsonl", f"data.path={no_output}"), r"no output: .*\(.*no_output\.jsonl:2\)"),
         "utf8": (("data=text", f"data.path={latin}"), r"not UTF-8: .*byte 3\)"),
