@@ -262,7 +262,7 @@ class Session:
             ),
             (
                 "steps",
-                f"{max_steps} of {config.trainer.rows_per_step} {'windows' if prepared.meta['stream'] else 'examples'}"
+                f"{max_steps} of {config.trainer.rows_per_step} {'windows' if prepared.meta['stream'] else 'packed rows' if prepared.packed else 'examples'}"
                 + (f" ({world_size(config)} ranks)" if world_size(config) > 1 else ""),
             ),
             (

@@ -33,7 +33,6 @@ def test_against_its_own_record_first_20_steps(train: Callable[..., RunDir]) -> 
         pytest.skip(
             f"trained on the documentation of Python {record['versions']['python']}, this is another one"
         )
-    assert record["tokenizer_hash"] == now["tokenizer_hash"]
 
     def losses(rows: list[dict[str, float]]) -> list[float]:
         return [row["train/loss"] for row in rows if "train/loss" in row and row["step"] <= 20]
