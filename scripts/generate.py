@@ -49,7 +49,9 @@ def _generate(options: argparse.Namespace) -> int:
     from lmlab.generation.samplers import load_sampler
 
     usable = load_for_use(options.model, accelerator=options.accelerator, use_best=options.best)
-    sampler = load_sampler({**(usable.sampler if options.sampler is None else {}), **sampler_values})
+    if options.sampler is None:  # the run's own, or greedy where there is none
+        sampler_values = {**(usable.sampler or _named_sampler("greedy")), **sampler_values}
+    sampler = load_sampler(sampler_values)
     if options.raw:
         full = prompts
     else:
@@ -105,23 +107,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
 
 def _sampler_values(options: argparse.Namespace) -> dict[str, Any]:
     """The chosen sampler's values (conf/sampler) with what the command line changes."""
-    import yaml
-
-    values: dict[str, Any] = {}
-    name = options.sampler
-    if name is None and not (Path(options.model) / "config.yaml").exists():
-        name = "greedy"
-    if name is not None:
-        file = CONF / "sampler" / f"{name}.yaml"
-        if not file.is_file():
-            from lmlab.registry import suggest
-
-            raise UserError(
-                f"unknown sampler '{name}'",
-                where="--sampler",
-                fix=suggest(name, [p.stem for p in (CONF / "sampler").glob("*.yaml")]),
-            )
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = {} if options.sampler is None else _named_sampler(options.sampler)
     changed = {
         "temperature": options.temperature,
         "top_k": options.top_k,
@@ -129,6 +115,21 @@ def _sampler_values(options: argparse.Namespace) -> dict[str, Any]:
         "max_new_tokens": options.max_new_tokens,
     }
     return {**values, **{key: value for key, value in changed.items() if value is not None}}
+
+
+def _named_sampler(name: str) -> dict[str, Any]:
+    import yaml
+
+    file = CONF / "sampler" / f"{name}.yaml"
+    if not file.is_file():
+        from lmlab.registry import suggest
+
+        raise UserError(
+            f"unknown sampler '{name}'",
+            where="--sampler",
+            fix=suggest(name, [p.stem for p in (CONF / "sampler").glob("*.yaml")]),
+        )
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

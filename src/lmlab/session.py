@@ -292,6 +292,12 @@ class Session:
             notes.append(
                 f"a step of {trainer.rows_per_step} rows sees the {rows} training rows more than once"
             )
+        if self.config.data.packing and prepared.meta["stream"]:
+            notes.append("data.packing=true changes nothing here: windows of a text stream are always full")
+        if self.config.data.kind == "shards":
+            notes.append(
+                "data.val_fraction is that of the shards: their validation side was drawn when they were made"
+            )
         if warmup >= max_steps:
             notes.append(
                 f"optim.warmup_steps={warmup} is not over in {max_steps} steps: the peak learning rate is never reached"

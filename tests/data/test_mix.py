@@ -104,6 +104,8 @@ WRONG = [
     ([FILE | {"weight": 1, "kind": "text_"}], "'text_' is not allowed (data.sources[0].kind): did you mean 'text'?"),
     ([FILE | {"weight": 1, "colums": {}}], "unknown key (data.sources[0].colums): did you mean 'columns'?"),
     ([FILE | {"weight": 1, "max_length": 9}], "max_length is one for the whole mix (data.sources[0].max_length): set data.max_length instead"),
+    ([FILE | {"weight": 1, "chat_template": "vicuna"}], "chat_template is one for the whole mix (data.sources[0].chat_template)"),
+    ([FILE | {"weight": 1, "columns": {"imput": "context"}}], "unknown field (data.sources[0].columns.imput): did you mean 'input'?"),
     ([{"kind": "text", "weight": 1}], "a value is missing (data.sources[0].path): add path: ..."),
     ([FILE | {"weight": 1, "too_long": "cut"}], "'cut' is not allowed (data.sources[0].too_long): must be"),
 ]  # fmt: skip
@@ -177,3 +179,41 @@ def test_shards_of_another_tokenizer_are_refused(
         prepare(
             make_config("shards", path=str(corpus.parent / "none")), make_encoder(stories), task="pretrain"
         )
+
+
+def test_shards_are_a_source_of_a_mix(
+    corpus: Path, sources: dict[str, str], make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    parts = [
+        {"kind": "shards", "path": str(corpus), "weight": 1},
+        {"kind": "text", "path": sources["book"], "weight": 3},
+    ]
+    made = prepare(make_config("mix", sources=parts, max_length=32), encoder, task="pretrain")
+    rows = made.rows("train")
+    assert isinstance(rows, MixedRows)
+    assert [len(part) > 0 for part in rows.parts] == [True, True]
+    assert sum(made.meta["report"]["length_histogram"]["counts"]) == 82 + 2  # the book was cut in two
+    assert len(made.rows("val")) > 0
+
+
+def test_shards_have_no_test_side(
+    corpus: Path, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    config = make_config("shards", path=str(corpus), test_fraction=0.1)
+    with pytest.raises(UserError, match=r"data.test_fraction=0.1 of shards, which have no test side"):
+        prepare(config, encoder, task="pretrain")
+
+
+def test_questions_put_in_different_ways_are_refused(
+    sources: dict[str, str], make_config: Make, encoder: TextEncoder, own_cache: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": turns, "id": i}) + "\n" for i in range(20)))
+    one = {"path": sources["one"], "weight": 1}
+    for other in ({"path": str(chats), "weight": 1}, one | {"template": "brief"}):
+        config = make_config("mix", sources=[one, other])
+        with pytest.raises(
+            UserError, match="sources that put their questions in different ways cannot be mixed"
+        ):
+            prepare(config, encoder, task="sft")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import importlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -348,10 +348,40 @@ def test_a_tokenizer_never_sees_the_validation_split(
     assert not seen & {p["prompt"] + p["response"] for p in made.meta["val_prompts"]}
 
 
-def test_an_encoding_version_for_each_task(
-    write_jsonl: Write, make_config: Make, encoder: TextEncoder
+def test_another_encoding_version_of_a_task_is_another_key(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config("text", path=str(write_jsonl({"text": "a"})))
-    parts = [3, config.model_dump(mode="json"), config.content_key(), encoder.key, "pretrain", module.template_source("alpaca")]  # fmt: skip
-    expected = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-    assert module.data_key(config, encoder, task="pretrain") == expected
+    before = {task: module.data_key(config, encoder, task=task) for task in ("pretrain", "sft")}
+    monkeypatch.setitem(module.ENCODING_VERSION, "sft", 99)
+    assert module.data_key(config, encoder, task="pretrain") == before["pretrain"]
+    assert module.data_key(config, encoder, task="sft") != before["sft"]
+
+
+def test_an_edited_format_of_a_plugin_is_another_key(
+    write_jsonl: Write,
+    make_config: Make,
+    encoder: TextEncoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = "from lmlab.data.formats import formats, text\nformats.register('mine')(lambda r, o: text(r, o))\n"
+    (tmp_path / "my_format.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_format")
+    config = make_config("text", path=str(write_jsonl({"text": "a"})), format="mine")
+    before = module.data_key(config, encoder, task="sft")
+    assert module.data_key(config, encoder, task="sft") == before
+    (tmp_path / "my_format.py").write_text(code + "# another\n")
+    assert module.data_key(config, encoder, task="sft") != before
+
+
+def test_what_was_cleared_from_the_cache_is_made_again(
+    write_jsonl: Write, make_config: Make, encoder: TextEncoder, own_cache: Path
+) -> None:
+    parts = [{"path": str(write_jsonl(*rows(20), name=f"{i}.jsonl")), "weight": 1} for i in range(2)]
+    config = make_config("mix", sources=parts)
+    made = prepare(config, encoder, task="sft")
+    shutil.rmtree(made.meta["parts"][1]["folder"])
+    again = prepare(config, encoder, task="sft")
+    assert len(again.rows("train")) == again.meta["report"]["rows"]["train"]

@@ -171,3 +171,14 @@ def test_one_text_gives_validation_and_test_from_its_end() -> None:
     parts = {side: r.fields["text"] for side, r in plan.sides([Record({"text": text}, "book")])}
     assert parts["train"] + parts["val"] + parts["test"] == text
     assert (len(parts["val"]), len(parts["test"])) == (round(0.1 * len(text)), round(0.05 * len(text)))
+
+
+def test_white_space_at_a_texts_end_is_no_side() -> None:
+    for tail in ("\n" * 50, " " * 500):
+        record = Record({"text": "A text of some words." * 5 + tail}, "book")
+        for test_fraction in (0.0, 0.1):
+            plan = plan_split([record], 0.1, test_fraction, text_column="text")
+            parts = [r.fields["text"] for _, r in plan.sides([record])]
+            assert "".join(parts) == record.fields["text"]
+            assert len(parts) == (3 if test_fraction else 2)
+            assert all(part.strip() for part in parts)

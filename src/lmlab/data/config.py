@@ -21,7 +21,7 @@ from lmlab.registry import Config
 
 def cache_root() -> Path:
     """The folder of everything that can be made again: LMLAB_CACHE, or ``~/.cache/lmlab``."""
-    return Path(os.environ.get("LMLAB_CACHE") or Path.home() / ".cache" / "lmlab").expanduser()
+    return Path(os.environ.get("LMLAB_CACHE") or Path.home() / ".cache" / "lmlab").expanduser().absolute()
 
 
 class DataConfig(Config):

@@ -6,9 +6,12 @@ characters, by the code that knows what the response is; tokens come later (enco
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from lmlab.data.chat import chat_document, chat_prompt
@@ -205,3 +208,12 @@ SHORTENINGS: dict[str, tuple[Shorten, ...]] = {
 }
 """What is cut, in this order, from a record that is too long (``too_long=truncate_prompt``); a plugin's format may add its
 own, else only its end is cut."""
+
+
+def format_key(name: str) -> str | None:
+    """A hash of the code of a format from outside lmlab, whose author may change it; None for lmlab's own."""
+    function = formats.get(name)
+    file = inspect.getsourcefile(function)
+    if function.__module__.partition(".")[0] == "lmlab" or file is None:
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

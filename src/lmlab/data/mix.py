@@ -23,8 +23,15 @@ from lmlab.records import Record, UserError
 from lmlab.registry import data_sources, suggest
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "data"
-ONE_FOR_ALL = ("max_length", "packing", "cross_document_attention", "val_fraction", "test_fraction")
-"""Keys that cut rows and sides, so that one value must hold for every source."""
+ONE_FOR_ALL = (
+    "max_length",
+    "packing",
+    "cross_document_attention",
+    "val_fraction",
+    "test_fraction",
+    "chat_template",
+)
+"""Keys that cut rows and sides, or belong to the tokenizer: one value must hold for every source."""
 EXAMPLE = "data.sources=[{path: a.jsonl, weight: 3}, {kind: text, path: b.txt, weight: 1}]"
 
 
@@ -146,6 +153,10 @@ def _defaults(kind: str, own: list[str]) -> dict[str, Any]:
 def _config(source: Mapping[str, Any], common: Mapping[str, Any], where: str) -> DataConfig:
     values = {key: value for key, value in source.items() if key != "weight"}
     if isinstance(values.get("columns"), Mapping):
+        for field in values["columns"]:
+            if field not in common["columns"]:
+                fix = suggest(str(field), common["columns"])
+                raise UserError("unknown field", where=f"{where}.columns.{field}", fix=fix)
         values["columns"] = {**common["columns"], **values["columns"]}
     try:
         config = data_sources.class_of(source["kind"]).model_validate({**common, **values})

@@ -24,7 +24,7 @@ from lmlab.data.chat_templates import RenderChat
 from lmlab.data.encoding import Encode, EncodedDocument, LengthPolicy, encode_document, fit_document
 from lmlab.data.fields import BadRecordError
 from lmlab.data.files import Intake
-from lmlab.data.formats import FIELDS, FormatOptions, formats, template_source
+from lmlab.data.formats import FIELDS, FormatOptions, format_key, formats, template_source
 from lmlab.data.mix import MixData
 from lmlab.data.prepared import PreparedData, from_shards, mixed, row_meta
 from lmlab.data.shards import ShardWriter, write_index
@@ -66,14 +66,12 @@ class TextEncoder:
 
 def data_key(config: DataConfig, encoder: TextEncoder, *, task: str) -> str:
     """Hash of everything the prepared files depend on."""
-    parts = [
-        ENCODING_VERSION[task],
-        config.model_dump(mode="json"),
-        config.content_key(),
-        encoder.key,
-        task,
-        template_source(config.template),
-    ]
+    parts: list[Any] = [ENCODING_VERSION[task], config.model_dump(mode="json"), encoder.key, task]
+    if isinstance(config, MixData):
+        parts += [data_key(part, encoder, task=task) for _, _, part in config.parts()]
+    else:
+        code = format_key(config.format_for(task))
+        parts += [config.content_key(), template_source(config.template), code]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -86,7 +84,10 @@ def prepare(config: DataConfig, encoder: TextEncoder, *, task: str) -> PreparedD
     key = data_key(config, encoder, task=task)
     folder = cache_root() / "prepared" / key
     if (folder / "meta.json").exists():
-        return PreparedData.load(folder)
+        found = PreparedData.load(folder)
+        if found.is_whole:
+            return found
+        shutil.rmtree(folder)
     temporary = folder.with_name(f"{key}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

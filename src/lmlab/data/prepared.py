@@ -17,7 +17,7 @@ import numpy as np
 from lmlab.data.corpus import CorpusIndex
 from lmlab.data.order import EndlessOrder, MixedOrder
 from lmlab.data.packing import DocumentRows, MixedRows, StreamRows
-from lmlab.data.shards import Shards
+from lmlab.data.shards import INDEX, Shards
 from lmlab.data.sources import DataConfig
 from lmlab.data.split import SIDES
 from lmlab.data.tally import length_figures
@@ -48,6 +48,12 @@ class PreparedData:
     def examples(self) -> list[dict[str, Any]]:
         """What a person is shown of it (preview.py)."""
         return json.loads((self.folder / "mask_preview.json").read_text(encoding="utf-8"))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all it names is still there: parts lie in folders of their own, which somebody may have cleared."""
+        folders = [self.folder / part["folder"] for part in self.meta["parts"]]
+        return all((folder / side / INDEX).is_file() for folder in folders for side in SIDES[:2])
 
     @property
     def packed(self) -> bool:
@@ -103,13 +109,17 @@ def mixed(made: list[tuple[str, float, PreparedData]]) -> tuple[dict[str, Any], 
             fix="use task=pretrain, where all of it is text, or sources of one kind",
         )
     first = metas[0]
+    if not first["stream"]:
+        _refuse_different_prompts(made)
     report = merged_report([(name, weight, prepared.meta["report"]) for name, weight, prepared in made])
     report["rows"] = {"train": sum(meta["report"]["rows"]["train"] for meta in metas)}
+    # Of shards made before the folder is their own, elsewhere.
+    folders = [prepared.folder / prepared.meta["parts"][0]["folder"] for _, _, prepared in made]
     lengths = [
-        Shards(prepared.folder / side).lengths()[1 if first["stream"] else 0 :]
-        for _, _, prepared in made
+        Shards(folder / side).lengths()[1 if first["stream"] else 0 :]
+        for folder in folders
         for side in SIDES
-        if (prepared.folder / side).is_dir()
+        if (folder / side).is_dir()
     ]
     report.update(length_figures(np.concatenate(lengths)))
     prompts = [meta["val_prompts"] for meta in metas]
@@ -125,6 +135,24 @@ def mixed(made: list[tuple[str, float, PreparedData]]) -> tuple[dict[str, Any], 
     }
     shown = [prepared.examples for _, _, prepared in made]
     return meta, [each[i] for i in range(5) for each in shown if i < len(each)][:5]
+
+
+def _refuse_different_prompts(made: list[tuple[str, float, PreparedData]]) -> None:
+    """Generation has one way to put a question: that of training, so all sources must have put theirs alike."""
+    ways = {
+        (
+            prepared.meta["format"] == "messages",
+            prepared.meta["template"],
+        ): f"{name}: {prepared.meta['format']}"
+        for name, _, prepared in made
+        if prepared.meta["format"] in ("messages", "triples")
+    }
+    if len(ways) > 1:
+        raise UserError(
+            f"sources that put their questions in different ways cannot be mixed ({', '.join(ways.values())})",
+            where="data.sources",
+            fix="give them one data.template, or make all of them triples or all messages",
+        )
 
 
 def merged_report(parts: list[tuple[str, float, dict[str, Any]]]) -> dict[str, Any]:
@@ -161,6 +189,12 @@ def from_shards(
     """
     folder = Path(config.path).expanduser().absolute()
     index = CorpusIndex.load(folder)
+    if config.test_fraction:
+        raise UserError(
+            f"data.test_fraction={config.test_fraction} of shards, which have no test side",
+            where="data.test_fraction",
+            fix="data.test_fraction=0; their validation side was drawn when they were made",
+        )
     if index.tokenizer_hash != tokenizer_hash:
         raise UserError(
             "the shards were made with another tokenizer than this run's",

@@ -102,9 +102,10 @@ class ShardsData(DataConfig):
         Raises:
             UserError: no such directory, or one without an index.
         """
-        index = Path(self.path).expanduser() / "index.json"
+        index = Path(self.path).expanduser().absolute() / "index.json"
         try:
-            return hashlib.sha256(index.read_bytes()).hexdigest()
+            # With the place, as nothing of it is copied.
+            return hashlib.sha256(str(index.parent).encode() + index.read_bytes()).hexdigest()
         except OSError as error:
             raise UserError(
                 f"no shards: {error.strerror or error}",

@@ -106,10 +106,14 @@ def cut_text(
         UserError: nothing but white space would be left to train on.
     """
     text = record.fields[column]
-    ends = [len(text) - round(len(text) * test_fraction), len(text)]
-    ends.insert(0, ends[0] - max(1, round(len(text) * val_fraction)))
-    if not test_fraction:  # white space at the end alone is nothing to validate on
-        ends[0] = max(0, min(ends[0], len(text.rstrip()) - 1))
+    # Each side gets something that can be seen: white space at the end alone is nothing to measure on.
+    seen = len(text.rstrip())
+    ends = [len(text)]
+    for fraction in (test_fraction, val_fraction):
+        if fraction:
+            cut = ends[0] - max(1, round(len(text) * fraction))
+            ends.insert(0, max(0, min(cut, seen - 1)))
+            seen = len(text[: ends[0]].rstrip())
     if ends[0] < 1 or not text[: ends[0]].strip():
         raise UserError(
             f"a text of {len(text)} characters is too short to hold out its last part",

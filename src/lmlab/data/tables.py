@@ -69,7 +69,8 @@ def read_csv(file: Path, intake: Intake, *, delimiter: str = ",") -> Iterator[Re
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         header = _header(rows, lines, file)
         while True:
-            where = f"{file}:{rows.line_num + 1}"
+            first = rows.line_num + 1
+            where = f"{file}:{first}"
             problem: tuple[str, str] | None = None
             row: list[str] = []
             try:
@@ -77,6 +78,12 @@ def read_csv(file: Path, intake: Intake, *, delimiter: str = ",") -> Iterator[Re
             except StopIteration:
                 return
             except csv.Error as error:
+                if rows.line_num > first:  # an open quote took in lines that may have been good records
+                    raise UserError(
+                        f"broken CSV: {error}; a quote opened there took in {rows.line_num - first + 1} lines",
+                        where=where,
+                        fix="close or double the quote: how many records stand behind it cannot be told",
+                    ) from error
                 problem = ("broken CSV", str(error))
             if fault := lines.take_fault():
                 where, problem = f"{where}, byte {fault[1]}", (fault[0], fault[2])
