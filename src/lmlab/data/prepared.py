@@ -128,8 +128,8 @@ def mixed(made: list[tuple[str, float, PreparedData]]) -> tuple[dict[str, Any], 
         **first,
         "report": report,
         "parts": [
-            {"folder": str(prepared.folder), "name": name, "weight": weight}
-            for name, weight, prepared in made
+            {"folder": str(folder), "name": name, "weight": weight}
+            for (name, weight, _), folder in zip(made, folders, strict=True)
         ],
         "val_prompts": [each[i] for i in range(longest) for each in prompts if i < len(each)],
     }
