@@ -61,6 +61,12 @@ def _tokenize(options: argparse.Namespace) -> int:
 
     _check(options)
     files = [file for pattern in options.paths for file in find_files(pattern)]
+    made = options.to.resolve()  # what is written there is no input, wherever it lies
+    files = [file for file in files if made not in file.resolve().parents]
+    if not files:
+        raise UserError(
+            "no data file but what was written here", where=str(options.to), fix="give other files"
+        )
     settings = CorpusOptions(
         val_fraction=options.val_fraction,
         column=options.columns.partition("=")[2],
@@ -82,7 +88,7 @@ def _tokenize(options: argparse.Namespace) -> int:
             options.to,
             encoder,
             settings,
-            tokenizer_hash=tokenizer_hash(tokenizer),
+            tokenizer_hash=tokenizer_hash(tokenizer, with_chat=False),
             save_tokenizer=tokenizer.save_pretrained,
             workers=options.workers,
             overwrite=options.overwrite,

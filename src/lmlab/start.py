@@ -200,6 +200,7 @@ def text_encoder(tokenizer: Any) -> TextEncoder:
         eos_token_id=int(tokenizer.eos_token_id),
         vocab_size=1 + max(tokenizer.get_vocab().values()),  # a vocabulary may have gaps
         key=tokenizer_hash(tokenizer),
+        text_key=tokenizer_hash(tokenizer, with_chat=False),
         render_chat=chat_renderer(tokenizer),
         special_tokens=special_tokens(tokenizer),
     )

@@ -141,7 +141,7 @@ def corpus(sources: dict[str, str], bpe: Any, tmp_path: Path) -> Path:
         folder,
         FastEncoder(bpe),
         options,
-        tokenizer_hash=tokenizer_hash(bpe),
+        tokenizer_hash=tokenizer_hash(bpe, with_chat=False),
         save_tokenizer=bpe.save_pretrained,
         workers=1,
     )

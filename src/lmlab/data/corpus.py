@@ -30,6 +30,7 @@ import numpy as np
 
 from lmlab.data.crew import Crew
 from lmlab.data.documents import Part, plan_units
+from lmlab.data.readers import raw_pieces
 from lmlab.data.shards import INDEX, ShardWriter, write_index
 from lmlab.data.units import (
     UNITS,
@@ -164,7 +165,12 @@ def _locked(folder: Path, *, overwrite: bool) -> Iterator[None]:
     ours = (folder / INDEX).exists() or (folder / PLAN).exists()
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("not empty, and no corpus", where=str(folder), fix="choose another --to")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot be made: {error.strerror or error}", where=str(folder), fix="choose another --to"
+        ) from error
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -225,6 +231,7 @@ def _scanned(units: list[tuple[Part, ...]], options: CorpusOptions, crew: Crew) 
     for number, job in enumerate(jobs):
         if facts[number].documents > left:
             facts[number] = scan_unit(replace(job, limit=left), None, lambda count: None)
+            facts[number].is_cut = True
         left -= facts[number].documents
     return facts
 
@@ -252,7 +259,7 @@ def _jobs(
             folder=folder,
             on_bad_record=options.on_bad_record,
             column=options.column,
-            limit=None if options.limit_documents is None else about.documents,
+            limit=about.documents if about.is_cut else None,
             val_up_to=val_up_to,
             cut=cut,
         )
@@ -289,8 +296,10 @@ def _finished(job: UnitJob, *, verify: bool = False) -> dict[str, Any] | None:
 
 
 def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for piece in raw_pieces(file):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _finish(folder: Path, plan: dict[str, Any], jobs: list[UnitJob], encoder: CorpusEncoder) -> None:
@@ -301,11 +310,11 @@ def _finish(folder: Path, plan: dict[str, Any], jobs: list[UnitJob], encoder: Co
         start = ShardWriter(folder / split, "start", vocab_size=encoder.vocab_size, flags=False)
         start.add(np.asarray([encoder.eos_token_id]))
         entries = [note["entries"][split] for note in notes if split in note["entries"]]
-        write_index(folder / split, [start.close(), *entries])
-    write_json(folder / INDEX, {**plan, "report": _report(notes)})
+        write_index(folder / split, [start.close(), *entries], bos_token_id=encoder.bos_token_id)
+    write_json(folder / INDEX, {**plan, "report": _report(notes, with_bos=encoder.bos_token_id is not None)})
 
 
-def _report(notes: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(notes: list[dict[str, Any]], *, with_bos: bool) -> dict[str, Any]:
     def total(split: str, name: str) -> int:
         return sum(note["entries"][split][name] for note in notes if split in note["entries"])
 
@@ -313,7 +322,8 @@ def _report(notes: list[dict[str, Any]]) -> dict[str, Any]:
         split: {
             "records": total(split, "documents"),
             "tokens": total(split, "tokens"),
-            "supervised_tokens": total(split, "tokens"),
+            # A BOS stands for no text, so it is read and not trained.
+            "supervised_tokens": total(split, "tokens") - (total(split, "documents") if with_bos else 0),
             "supervised_bytes": sum(note["bytes"].get(split, 0) for note in notes),
         }
         for split in SPLITS
@@ -328,7 +338,7 @@ def _report(notes: list[dict[str, Any]]) -> dict[str, Any]:
         "dropped_examples": [row for note in notes for row in note["dropped_examples"]][:20],
         "records_truncated": 0,
         "tokens": tokens,
-        "supervised_tokens": tokens,
+        "supervised_tokens": sum(side["supervised_tokens"] for side in sides.values()),
         **sides,
     }
 

@@ -8,6 +8,7 @@ whole, as a document is encoded from its beginning. A .txt or .md is one documen
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -223,6 +224,7 @@ def _lines(part: Part, intake: Intake) -> Iterator[tuple[dict[str, Any], Callabl
     with _opened(file) as stream:
         stream.seek(part.start)
         offset, number = part.start, 0
+        lines_before = functools.cache(lambda: _line_ends(file, part.start))
         while offset < part.end:
             line = stream.readline()
             begin, offset, number = offset, offset + len(line), number + 1
@@ -234,7 +236,7 @@ def _lines(part: Part, intake: Intake) -> Iterator[tuple[dict[str, Any], Callabl
             intake.read += 1
 
             def where(number: int = number) -> str:
-                return f"{file}:{number + _line_ends(file, part.start)}"
+                return f"{file}:{number + lines_before()}" if intake.wants_places else str(file)
 
             try:
                 fields = decode(raw.decode("utf-8"))

@@ -34,6 +34,11 @@ class Intake:
         """Records that were not dropped."""
         return self.read - self.dropped.total()
 
+    @property
+    def wants_places(self) -> bool:
+        """Whether the place of the next bad record will be told or kept, and not only counted."""
+        return self.on_bad_record == "error" or len(self.dropped_examples) < MAX_EXAMPLES
+
     def bad(self, reason: str, *, where: str, detail: str = "") -> None:
         """A record that cannot be used, for ``reason`` (a short phrase, the key in the report).
 

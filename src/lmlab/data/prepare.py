@@ -49,7 +49,8 @@ class TextEncoder:
         encode_long: ids of a document of any size, given and returned in pieces: those of one call, with BOS and EOS.
         decode: ids to text.
         vocab_size: one more than the largest id.
-        key: hash of all that decides ids.
+        key: hash of all that decides ids and rendered texts.
+        text_key: the same without the chat template, for text that was encoded before.
         render_chat: the chat template's rendering, or None without a template.
         special_tokens: texts that are one special token each.
     """
@@ -60,6 +61,7 @@ class TextEncoder:
     eos_token_id: int
     vocab_size: int
     key: str
+    text_key: str = ""
     render_chat: RenderChat | None = None
     special_tokens: Collection[str] = ()
 
@@ -110,7 +112,7 @@ def _write(folder: Path, config: DataConfig, encoder: TextEncoder, *, task: str)
         made = [(name, weight, prepare(part, encoder, task=task)) for name, weight, part in config.parts()]
         meta, examples = mixed(made)
     elif isinstance(config, ShardsData):
-        meta, examples = from_shards(config, encoder.decode, tokenizer_hash=encoder.key)
+        meta, examples = from_shards(config, encoder.decode, tokenizer_hash=encoder.text_key)
     else:
         meta, examples = _Encoding(config, encoder, task=task).write(folder)
     (folder / "mask_preview.json").write_text(json.dumps(examples, ensure_ascii=False), encoding="utf-8")

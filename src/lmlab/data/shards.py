@@ -111,11 +111,15 @@ class ShardWriter:
             self._temporary(kind).unlink(missing_ok=True)
 
 
-def write_index(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """List the split's shards in order; a folder without this file is no split."""
+def write_index(folder: Path, entries: Sequence[dict[str, Any]], *, bos_token_id: int | None = None) -> None:
+    """List the split's shards in order; a folder without this file is no split.
+
+    Args:
+        bos_token_id: of shards without flags: a document's first token is not trained if it is this one.
+    """
     temporary = folder / f"{INDEX}.{os.getpid()}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
-        json.dump({"shards": list(entries)}, file, indent=1)
+        json.dump({"bos_token_id": bos_token_id, "shards": list(entries)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(folder / INDEX)
@@ -131,7 +135,15 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        entries = json.loads((folder / INDEX).read_text(encoding="utf-8"))["shards"]
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(
+                f"no prepared data: {error.strerror or error}",
+                where=str(folder),
+                fix="start again to make it anew",
+            ) from error
+        entries, self._bos = index["shards"], index.get("bos_token_id")
         self._tokens = [self._map(entry, "tokens", np.dtype(entry["dtype"])) for entry in entries]
         self._trained = [
             self._map(entry, "trained", np.dtype(bool)) if "trained" in entry["sha256"] else None
@@ -161,7 +173,7 @@ class Shards:
 
     def read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 ``[end - start]`` and trained flags bool ``[end - start]`` of that stretch of the split's tokens."""
-        ids, flags = [], []
+        ids, flags, first = [], [], start
         shard = int(np.searchsorted(self._token_base, start, side="right")) - 1
         while start < end:
             base = int(self._token_base[shard])
@@ -170,13 +182,13 @@ class Shards:
             trained = self._trained[shard]
             flags.append(np.ones(len(ids[-1]), bool) if trained is None else np.array(trained[piece]))
             start, shard = base + piece.stop, shard + 1
-        if len(ids) == 1:
-            return ids[0], flags[0]
-        return (
-            (np.concatenate(ids), np.concatenate(flags))
-            if ids
-            else (np.zeros(0, np.int64), np.zeros(0, bool))
-        )
+        if not ids:
+            return np.zeros(0, np.int64), np.zeros(0, bool)
+        joined, trained = (each[0] if len(each) == 1 else np.concatenate(each) for each in (ids, flags))
+        if self._bos is not None:
+            begins = np.asarray(self.starts(first, first + len(joined)), np.int64) - first
+            trained[begins[joined[begins] == self._bos]] = False
+        return joined, trained
 
     def span(self, document: int) -> tuple[int, int]:
         """First token and end of one document."""

@@ -263,8 +263,11 @@ def encode_document(
     return ids, offsets
 
 
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that decides ids: the backend's JSON, the special token map and the chat template.
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase, *, with_chat: bool = True) -> str:
+    """sha256 of all that decides ids and texts: the backend's JSON, roles, flags and the chat template.
+
+    Args:
+        with_chat: leave the chat template out for text that never passes through one.
 
     Raises:
         UserError: a slow tokenizer, which has no such JSON.
@@ -273,7 +276,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     # Padding and truncation are the state of the last call, not of the tokenizer.
     content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
     roles = {role: str(token) for role, token in tokenizer.special_tokens_map.items()}
-    canonical = json.dumps([content, roles, tokenizer.chat_template], sort_keys=True, ensure_ascii=False)
+    flags = [
+        getattr(tokenizer, name, None) for name in ("split_special_tokens", "clean_up_tokenization_spaces")
+    ]
+    template = tokenizer.chat_template if with_chat else None
+    canonical = json.dumps([content, roles, flags, template], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
