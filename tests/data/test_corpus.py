@@ -30,6 +30,7 @@ class ByteEncoder:
 
     vocab_size = 257
     eos_token_id: int | None = 256
+    bos_token_id: int | None = None
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.append(np.frombuffer(t.encode("utf-8"), np.uint8), 256).astype(np.uint32) for t in texts]

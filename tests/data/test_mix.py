@@ -217,3 +217,35 @@ def test_questions_put_in_different_ways_are_refused(
             UserError, match="sources that put their questions in different ways cannot be mixed"
         ):
             prepare(config, encoder, task="sft")
+
+
+def test_a_bos_of_shards_is_read_and_not_trained(
+    sources: dict[str, str],
+    make_config: Make,
+    make_encoder: Callable[[Any], TextEncoder],
+    own_cache: Path,
+    stories: Any,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "small.jsonl"
+    file.write_text("".join(json.dumps({"text": f"Small text number {i}."}) + "\n" for i in range(80)))
+    folder = tmp_path / "corpus"
+    build_corpus(
+        [file],
+        folder,
+        FastEncoder(stories),
+        CorpusOptions(0.2, "text", 2000, "error", None),
+        tokenizer_hash=tokenizer_hash(stories, with_chat=False),
+        save_tokenizer=stories.save_pretrained,
+        workers=1,
+    )
+    encoder = make_encoder(stories)
+    shards = prepare(make_config("shards", path=str(folder), max_length=64), encoder, task="pretrain")
+    texts = prepare(make_config("text", path=str(file), max_length=64), encoder, task="pretrain")
+    for key in ("tokens", "supervised_tokens"):
+        assert shards.meta["report"][key] == texts.meta["report"][key]
+    for side in ("train", "val"):
+        rows = shards.rows(side)
+        labels = [label for i in range(len(rows)) for label in rows[i].labels.tolist()]
+        assert stories.bos_token_id not in labels
+        assert sum(label >= 0 for label in labels) == shards.meta["report"][side]["supervised_tokens"]

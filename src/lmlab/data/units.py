@@ -28,6 +28,7 @@ class CorpusEncoder(Protocol):
 
     vocab_size: int
     eos_token_id: int | None
+    bos_token_id: int | None
 
     def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of whole documents, BOS and EOS included."""
@@ -56,6 +57,7 @@ class UnitFacts:
         hashes: sha256 of each part.
         smallest: draw of its documents, and ``largest``.
         num_chars: of the last document, and ``num_visible`` (without white space at the end).
+        is_cut: whether a limit on documents ends within the unit.
     """
 
     hashes: list[str]
@@ -66,6 +68,7 @@ class UnitFacts:
     num_chars: int = 0
     num_visible: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def encode_unit(job: UnitJob, encoder: CorpusEncoder, tick: Tick) -> None:
             "bytes": {split: side.num_bytes for split, side in sides.items()},
             "read": intake.read,
             "dropped": dict(sorted(intake.dropped.items())),
-            "dropped_examples": list(getattr(intake, "dropped_examples", [])),
+            "dropped_examples": list(intake.dropped_examples),
         }
         write_json(job.note, note)
 
