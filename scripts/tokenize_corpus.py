@@ -34,6 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     except RunFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a folder that went away: what is finished stays
+        place = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror or error}{place}: make room, then give the same command", file=sys.stderr
+        )
+        return 1
     except KeyboardInterrupt:
         print("interrupted: finished units stay, the same command goes on", file=sys.stderr)
         return INTERRUPT_EXIT

@@ -233,6 +233,13 @@ def test_a_file_without_permission(
     assert error_of(config).startswith(f"cannot be read: Permission denied ({file})")
 
 
+def test_hidden_files_and_folders_are_no_data(tmp_path: Path, make_config: Make) -> None:
+    for name in ("a.txt", ".b.txt", ".ipynb_checkpoints/a-checkpoint.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [r.fields["text"] for r in read(make_config("text", path=str(tmp_path)))[0]] == ["a.txt"]
+
+
 def test_folders_and_globs_come_in_order(tmp_path: Path, make_config: Make) -> None:
     for name in ("b.txt", "a.txt", "sub/c.md", "sub/A.TXT", "10.txt", "9.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

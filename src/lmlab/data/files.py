@@ -79,7 +79,11 @@ def _in_folder(folder: Path, fix: str) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise error
 
-    names = [Path(base, name) for base, _, names in os.walk(folder, onerror=refuse) for name in names]
+    names = []
+    for base, folders, files in os.walk(folder, onerror=refuse):
+        # Hidden ones hold copies (.ipynb_checkpoints) and others' files (.git).
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [Path(base, name) for name in files if not name.startswith(".")]
     found = sorted(file for file in names if data_suffix(file) in READERS and _is_data(file))
     if not found:
         suffixes = Counter(file.suffix or "no suffix" for file in names).most_common(5)
