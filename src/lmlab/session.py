@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lmlab.config.schema import RunConfig, mixed_precision_instead, world_size
 from lmlab.data.formats import Prompting
@@ -349,7 +350,7 @@ class Session:
         for column in ("prompt", "sampler", "text"):
             table.add_column(column, overflow="fold")
         for sample in self.samples:
-            table.add_row(*(_escape(_clip(t)) for t in (sample.prompt, sample.sampler, sample.text)))
+            table.add_row(*(Text(_clip(t)) for t in (sample.prompt, sample.sampler, sample.text)))
         self.console.print(table, highlight=False)
 
     def _print_end(self, status: str, summary: Mapping[str, Any]) -> None:
@@ -395,9 +396,3 @@ def _shown(prompt: str, prompting: Prompting) -> str:
 
 def _clip(text: str, length: int = 300) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
