@@ -23,7 +23,7 @@ def train(composed: Any, overrides: list[str]) -> int:
     from lmlab.tokenizers import TextBudget
 
     config = to_run_config(composed)
-    if config.tokenizer.kind != "bpe":
+    if config.tokenizer.kind not in ("bpe", "chars"):
         raise UserError(
             f"tokenizer={config.tokenizer.kind} is not trained", where="tokenizer", fix="use tokenizer=bpe"
         )

@@ -37,6 +37,8 @@ from lmlab.journal import RunDir, check_run_name, read_json, slug, write_json
 from lmlab.records import UserError
 from lmlab.resume import check_unchanged
 
+TRAINED = ("bpe", "chars")
+"""Kinds of tokenizers that are made from the run's own training text."""
 UNNAMED = ("run_name", "output_root", "overwrite", "resume", "hydra.", "logger.", "launcher.")
 
 
@@ -124,7 +126,7 @@ def _check_model(config: RunConfig, tokenizer_size: int) -> None:
             where="data.max_length",
             fix=f"at most {limit}",
         )
-    if config.tokenizer.kind != "bpe":
+    if config.tokenizer.kind not in TRAINED:
         tokenizer, added = _loaded_tokenizer(config)
         rows = hf_config.get_text_config().vocab_size
         check_vocabulary(tokenizer, rows, where=f"model {config.model.label}", added=added)
@@ -156,7 +158,7 @@ def prepare_tokenizer(config: RunConfig) -> tuple[Path, TextEncoder, int]:
 
     named = config.data.chat_template
     template = None if named is None else chat_template_source(named)
-    folder = _trained_bpe(config) if config.tokenizer.kind == "bpe" else None
+    folder = _trained_tokenizer(config) if config.tokenizer.kind in TRAINED else None
     tokenizer = load_tokenizer(folder) if folder is not None else _loaded_tokenizer(config)[0]
     use_chat_template(tokenizer, template)
     if folder is None or template is not None:
@@ -206,19 +208,21 @@ def text_encoder(tokenizer: Any) -> TextEncoder:
     )
 
 
-def _trained_bpe(config: RunConfig) -> Path:
-    """A byte-level BPE trained on the training split, once per content and settings."""
-    from lmlab.tokenizers.train import train_bpe
+def _trained_tokenizer(config: RunConfig) -> Path:
+    """A tokenizer trained on the training split, once per content and settings."""
+    from lmlab.tokenizers import train_bpe, train_chars
 
+    kind = config.tokenizer.kind
     settings = config.tokenizer.model_dump(exclude={"kind"})
     data = config.data.model_dump(
         mode="json", exclude={"max_length", "packing", "too_long", "path", "chat_template"}
     )
     parts = [settings, data, config.data.content_key(), config.data.format_for(config.task), config.task]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    folder = cache_root() / "tokenizers" / f"bpe-{key[:24]}"
+    folder = cache_root() / "tokenizers" / f"{kind}-{key[:24]}"
     if not folder.exists():
-        _save_tokenizer(train_bpe(training_texts(config.data, task=config.task), **settings), folder)
+        train = train_chars if kind == "chars" else train_bpe
+        _save_tokenizer(train(training_texts(config.data, task=config.task), **settings), folder)
     return folder
 
 

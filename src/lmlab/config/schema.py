@@ -22,7 +22,7 @@ from lmlab.models.head import LossConfig
 from lmlab.models.quantize import QuantConfig
 from lmlab.records import RefusedError, UserError
 from lmlab.registry import Config, suggest
-from lmlab.tokenizers import BPETokenizer, FileTokenizer, FromModelTokenizer
+from lmlab.tokenizers import BPETokenizer, CharsTokenizer, FileTokenizer, FromModelTokenizer
 from lmlab.tracking.wandb import LoggerConfig
 from lmlab.training.options import CallbackConfig, CheckpointConfig, OptimConfig, SamplesConfig, TrainerConfig
 
@@ -45,7 +45,7 @@ class RunConfig(Config):
     plugins: list[str]
     model: ModelConfig
     data: DataConfig
-    tokenizer: FromModelTokenizer | FileTokenizer | BPETokenizer
+    tokenizer: FromModelTokenizer | FileTokenizer | BPETokenizer | CharsTokenizer
     adapter: AdapterConfig
     quant: QuantConfig
     optim: OptimConfig
@@ -96,7 +96,7 @@ def broken_rules(config: RunConfig) -> Iterator[UserError]:
             where="tokenizer",
             fix="use tokenizer=bpe or tokenizer=file",
         )
-    if not isinstance(config.model, Scratch) and config.tokenizer.kind == "bpe":
+    if not isinstance(config.model, Scratch) and config.tokenizer.kind in ("bpe", "chars"):
         yield UserError(
             "a pretrained model cannot take a new vocabulary",
             where="tokenizer",

@@ -5,6 +5,7 @@ only records and registry; transformers and tokenizers are imported inside the f
 reading a config class costs nothing.
 """
 
+from lmlab.tokenizers.characters import CharsTokenizer, train_chars
 from lmlab.tokenizers.load import (
     FileTokenizer,
     FromModelTokenizer,
@@ -21,6 +22,7 @@ from lmlab.tokenizers.train import DEFAULT_CHAT_TEMPLATE, BPETokenizer, TextBudg
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "BPETokenizer",
+    "CharsTokenizer",
     "FileTokenizer",
     "FromModelTokenizer",
     "TextBudget",
@@ -32,4 +34,5 @@ __all__ = [
     "rows_needed",
     "tokenizer_hash",
     "train_bpe",
+    "train_chars",
 ]
