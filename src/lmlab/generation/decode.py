@@ -15,13 +15,16 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from lmlab.generation.samplers import SamplerConfig, draw
 from lmlab.records import RunFailedError, UserError
+
+if TYPE_CHECKING:
+    from lmlab.generation.cache import FilledLayer
 
 StopReason = Literal["eos", "length", "context"]
 
@@ -121,45 +124,78 @@ class _Batch:
     def __init__(
         self, model: nn.Module, prompts: Sequence[Sequence[int]], *, rows: list[_Row], pad_token_id: int
     ) -> None:
-        self.model, self.rows, self.cache = model, rows, None
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
+        from lmlab.generation.cache import GROW, filled_cache, filled_layers
+
+        self.model = model
+        # Longest first, so that rows of similar length are neighbours and can be read together.
+        self.rows = sorted(rows, key=lambda row: -len(prompts[row.index]))
+        self.lengths = [len(prompts[row.index]) for row in self.rows]
+        width = self.lengths[0]
+        ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
         mask = torch.zeros_like(ids)
-        for line, prompt in enumerate(prompts):
-            ids[line, width - len(prompt) :] = torch.as_tensor(prompt)
-            mask[line, width - len(prompt) :] = 1
-        device = next(model.parameters(), ids).device
-        self.ids, self.mask = ids.to(device), mask.to(device)
-        self._accepted = inspect.signature(_causal_lm(model).forward).parameters.keys()
+        for line, row in enumerate(self.rows):
+            ids[line, width - self.lengths[line] :] = torch.as_tensor(prompts[row.index])
+            mask[line, width - self.lengths[line] :] = 1
+        self.device = next(model.parameters(), ids).device
+        self.ids, self.mask = ids.to(self.device), mask.to(self.device)
+        causal_lm = _causal_lm(model)
+        self._accepted = inspect.signature(causal_lm.forward).parameters.keys()
+        new = min(max(row.room for row in rows), GROW)
+        caches = "past_key_values" in self._accepted
+        self.cache: Any = filled_cache(causal_lm, num_rows=len(rows), columns=width + new) if caches else None
+        self._unread = filled_layers(self.cache)
 
     def logits(self) -> torch.Tensor:
         """One forward pass: fp32 ``[lines, vocab]`` at the last position.
 
         A model that keeps no ``past_key_values`` (a pure state-space model) reads its whole text anew each time.
         """
+        if self._unread:
+            layers, self._unread = self._unread, []
+            return self._read_prompts(layers)
         fresh = self.ids.shape[1] if self.cache is None else 1
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        return self._forward(self.ids[:, -fresh:], self.mask, fresh)
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, fresh: int) -> torch.Tensor:
+        positions = (
+            (mask.cumsum(-1) - 1).clamp(min=0)[:, -fresh:] if fresh > 1 else mask.sum(-1, keepdim=True) - 1
+        )
         optional: dict[str, Any] = {
-            "position_ids": positions[:, -fresh:],
+            "position_ids": positions.clamp(min=0),
             "past_key_values": self.cache,
             "use_cache": "past_key_values" in self._accepted,
             "logits_to_keep": 1,
         }
         output = self.model(
-            input_ids=self.ids[:, -fresh:],
-            attention_mask=self.mask,
+            input_ids=ids,
+            attention_mask=mask,
             **{name: value for name, value in optional.items() if name in self._accepted},
         )
         self.cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1].float()
 
+    def _read_prompts(self, layers: list[FilledLayer]) -> torch.Tensor:
+        """The prompts, in groups of similar length: a short one is not padded to the longest of all."""
+        width, found = self.ids.shape[1], []
+        for group in prefill_groups(self.lengths, one_more=_cost_of_one_more(self.model, self.device)):
+            longest = self.lengths[group.start]
+            for layer in layers:
+                layer.place(group, width - longest)
+            found.append(self._forward(self.ids[group, -longest:], self.mask[group, -longest:], longest))
+        for layer in layers:
+            layer.place(slice(0, len(self.rows)), 0, filled=width)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
     def append(self, tokens: torch.Tensor) -> None:
         """Add one token ``[lines]`` to each row; finished rows leave, or stay masked if the cache cannot drop them."""
         lines = [line for line, row in enumerate(self.rows) if row.live]
         if len(lines) < len(self.rows) and _can_drop(self.cache):
-            keep = torch.tensor(lines, device=self.ids.device)
+            # The last rows move into the places of those that leave: most of the cache stays where it is.
+            behind = [line for line in lines if line >= len(lines)]
+            order = [line if self.rows[line].live else behind.pop() for line in range(len(lines))]
+            keep = torch.tensor(order, device=self.device)
             self.ids, self.mask, tokens = self.ids[keep], self.mask[keep], tokens[keep]
-            self.rows = [self.rows[line] for line in lines]
+            self.rows = [self.rows[line] for line in order]
             if self.cache is not None:
                 self.cache.reorder_cache(keep)
         # A masked token does not advance its row's position either, so a row kept past its context stays in range.
@@ -179,12 +215,17 @@ def _write(
     processors = sampler.processors()
     while True:
         scores = processors(batch.ids, batch.logits())  # pyright: ignore[reportArgumentType] - int64, as it wants
-        if not scores.amax(-1).isfinite().all():
+        best, tokens = scores.max(-1)  # NaN is the maximum of a row that has one
+        if sampler.draws:
+            tokens = draw(scores, [row.generator for row in batch.rows])
+        # One transfer for both; ids are exact in fp64.
+        finite, *chosen = torch.cat([best.isfinite().all()[None].double(), tokens.double()]).tolist()
+        if not finite:
             raise RunFailedError("the logits are not finite while generating: the weights have diverged")
-        tokens = draw(scores, [row.generator for row in batch.rows]) if sampler.draws else scores.argmax(-1)
-        for row, token in zip(batch.rows, tokens.tolist(), strict=True):
+        for row, value in zip(batch.rows, chosen, strict=True):
             if not row.live:
                 continue
+            token = int(value)
             row.ended = token in eos_token_ids
             if not row.ended:
                 row.new.append(token)
@@ -193,6 +234,56 @@ def _write(
         if not any(row.live for row in batch.rows):
             return
         batch.append(tokens)
+
+
+def prefill_groups(lengths: Sequence[int], *, one_more: int) -> list[slice]:
+    """Split rows, longest first, so that reading each group padded to its own longest costs least.
+
+    Args:
+        lengths: tokens per row, descending.
+        one_more: what one more forward pass costs, in tokens.
+
+    Returns:
+        Slices of rows in order, together all of them.
+    """
+    cost, cut = [0.0], [0]  # cheapest cost of the first n rows, and where its last group begins
+    for stop in range(1, len(lengths) + 1):
+        options = [(cost[start] + (stop - start) * lengths[start] + one_more, start) for start in range(stop)]
+        best = min(options)
+        cost.append(best[0])
+        cut.append(best[1])
+    groups, stop = [], len(lengths)
+    while stop:
+        groups.append(slice(cut[stop], stop))
+        stop = cut[stop]
+    return groups[::-1]
+
+
+def _cost_of_one_more(model: nn.Module, device: torch.device) -> int:
+    """In tokens: the weights are read once more, and some ms of Python and launches pass (measured on 2 CPU cores).
+
+    Where RoPE depends on the longest text of a batch, any split would change the angles: too dear.
+    """
+    config = getattr(_causal_lm(model), "config", None)
+    text_config = (
+        config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
+    )
+    if _rope_follows_length(getattr(text_config, "rope_parameters", None)):
+        return 1 << 40
+    if device.type != "cpu":
+        return 4096
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return 64 + round(1.5e8 / max(1, parameters))  # 3 ms at 100 GFLOP/s
+
+
+def _rope_follows_length(parameters: Any) -> bool:
+    """Whether rope_parameters (of the model, or a dict of them per layer type) has a type that looks at the batch."""
+    if not isinstance(parameters, dict):
+        return False
+    kind = parameters.get("rope_type")
+    return kind in ("dynamic", "longrope") or any(
+        _rope_follows_length(value) for value in parameters.values()
+    )
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
