@@ -26,7 +26,6 @@ from finetune_setting import (
     initial_adapter,
     overrides,
     prepare_setting,
-    steps_of,
 )
 from side_by_side import (
     RESULTS,
@@ -67,14 +66,15 @@ class Suite:
         self.result: dict[str, Any] = {"machine": self.machine.describe(), "repeats": options.repeats}
         self.texts: list[str] = []
 
-    def own(self, mode: str, batch_size: int, *, steps: int | None = None, limit: bool = True) -> Contender:
+    def own(self, mode: str, batch_size: int, *, untimed_steps: int | None = None) -> Contender:
         """lmlab in one mode."""
-        name = f"own-{mode}-{batch_size}"
-        told = overrides(self.folder, mode, batch_size=batch_size, steps=steps or sum(steps_of(batch_size)))
-        script = str(HERE / "finetune_own.py")
+        name, script = f"own-{mode}-{batch_size}", str(HERE / "finetune_own.py")
+        steps = untimed_steps or self.options.rows[1] // batch_size
+        told = overrides(self.folder, mode, batch_size=batch_size, steps=steps)
+        timed = [] if untimed_steps else ["--rows", "{}:{}".format(*self.options.rows), "--limit"]
         return Contender(
             f"lmlab {mode}, {batch_size} a step",
-            [python(), script, "train", str(self.folder / "runs" / "sft" / name), *(["--limit"] * limit)],
+            [python(), script, "train", str(self.folder / "runs" / "sft" / name), *timed],
             before=[python(), script, "prepare", f"run_name={name}", *told],
             environment={"LMLAB_CACHE": str(self.folder / "cache")},
         )
@@ -85,7 +85,7 @@ class Suite:
         told = ["--library", library, "--layout", layout, "--mode", mode, "--batch-size", str(batch_size)]
         told += ["--lr", str(LR[mode]), *more]
         if "--rows" not in more:
-            told += ["--rows", f"{NUM_ROWS_BEFORE}:{NUM_ROWS_BEFORE + NUM_ROWS_TIMED}"]
+            told += ["--rows", "{}:{}".format(*self.options.rows)]
         shipped = ", as shipped" if "--shipped" in more else ""
         return Contender(
             f"{label} {mode}, {layout}, {batch_size} a step{shipped}",
@@ -103,7 +103,7 @@ class Suite:
         """
         steps, size = self.options.gate_steps, self.options.gate_batch_size
         told = ("--rows", f"0:{steps * size}", "--warmup-steps", "0", "--losses")
-        ours = run_once(self.own(mode, size, steps=steps, limit=False), self.machine)["losses"]
+        ours = run_once(self.own(mode, size, untimed_steps=steps), self.machine)["losses"]
         for library in ("hf", "trl"):
             theirs = run_once(self.peer(library, "padded", mode, size, *told), self.machine)["losses"]
             worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
@@ -215,6 +215,11 @@ def main() -> int:
     parser.add_argument(
         "--batch-sizes", default="8,16", help="triples a step; the better one is used for each"
     )
+    parser.add_argument(
+        "--rows",
+        default=f"{NUM_ROWS_BEFORE}:{NUM_ROWS_BEFORE + NUM_ROWS_TIMED}",
+        help="the timed rows, first:end, those before them being the warm-up; fewer for a trial",
+    )
     parser.add_argument("--gate-steps", type=int, default=6)
     parser.add_argument("--gate-batch-size", type=int, default=8)
     parser.add_argument(
@@ -229,6 +234,7 @@ def main() -> int:
     parser.add_argument("--wait", type=float, default=0.0, help="seconds to wait for a quiet machine")
     options = parser.parse_args()
     options.batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
+    options.rows = tuple(map(int, options.rows.split(":")))
     if not PEERS.is_file():
         raise SystemExit("no peers here: run `make bench-peers` first")
     suite = Suite(options)

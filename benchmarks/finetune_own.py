@@ -1,7 +1,7 @@
 """lmlab in the fine-tuning suite, as its users run it: a prepared run directory, then `lmlab.worker` over it.
 
     python benchmarks/finetune_own.py prepare run_name=NAME [overrides]     what train.py does before it trains
-    python benchmarks/finetune_own.py train RUN_DIR [--limit]               lmlab.worker, then the figures
+    python benchmarks/finetune_own.py train RUN_DIR --rows 48:128 --limit               lmlab.worker, then the figures
 
 The figures come from the run's own metrics.jsonl. With ``--limit`` the matrix products of the timed steps are timed in the
 same process afterwards (gemm_limit.py).
@@ -9,13 +9,13 @@ same process afterwards (gemm_limit.py).
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune_setting import NUM_ROWS_BEFORE, NUM_ROWS_TIMED, WARMUP_STEPS
 from side_by_side import status_gb, write_figures
 
 PACKAGES = ("torch", "transformers", "peft", "lightning", "bitsandbytes")
@@ -35,7 +35,7 @@ def prepare(overrides: list[str]) -> int:
     return run_app(only_prepare)
 
 
-def train(run_dir: Path, *, limit: bool) -> int:
+def train(run_dir: Path, *, timed_rows: str | None, limit: bool) -> int:
     import_what_training_needs()
     after_imports = status_gb("VmRSS")
     from lmlab.worker import main as work
@@ -43,8 +43,8 @@ def train(run_dir: Path, *, limit: bool) -> int:
     code = work([str(run_dir)])
     if code:
         return code
-    figures = {"rss_after_imports_gb": after_imports, **read_run(run_dir)}
-    if limit and "seconds" in figures:
+    figures = {"rss_after_imports_gb": after_imports, **read_run(run_dir, timed_rows)}
+    if limit and timed_rows:
         from gemm_limit import step_seconds
 
         timed = figures["steps"]
@@ -68,7 +68,7 @@ def import_what_training_needs() -> None:
     import lmlab.training.fit  # noqa: F401
 
 
-def read_run(run_dir: Path) -> dict[str, Any]:
+def read_run(run_dir: Path, timed_rows: str | None) -> dict[str, Any]:
     """Losses and times from the run's journal.
 
     A step lasts from the log line before its own to its own: loading, logging and the loop are in it, as for a user.
@@ -85,19 +85,22 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     }
     summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
     figures["base_bits_per_param"] = summary["model/base_bits_per_param"]
-    rows = json.loads((run_dir.parents[2] / "rows.json").read_text("utf-8"))
-    last = max(logged)
-    batch_size = (NUM_ROWS_BEFORE + NUM_ROWS_TIMED) // last
-    first = NUM_ROWS_BEFORE // batch_size
-    if batch_size * last != NUM_ROWS_BEFORE + NUM_ROWS_TIMED or first < WARMUP_STEPS:  # not a timed run
+    if not timed_rows:
         return figures
+    rows = json.loads((run_dir.parents[2] / "rows.json").read_text("utf-8"))
+    begin, end = map(int, timed_rows.split(":"))
+    last = max(logged)
+    batch_size = end // last
+    first = begin // batch_size
+    if batch_size * last != end or batch_size * first != begin or not first:
+        raise SystemExit(f"{last} steps do not end at row {end} of steps that begin at row {begin}")
     steps = []
     for step in range(first, last):
         some = rows[step * batch_size : (step + 1) * batch_size]
         # lmlab runs a document of n + 1 tokens as n positions, each of which predicts the next.
         tokens = sum(len(row["input_ids"]) - 1 for row in some)
         steps.append((tokens, sum(label != -100 for row in some for label in row["labels"][1:])))
-    timed = rows[NUM_ROWS_BEFORE : NUM_ROWS_BEFORE + NUM_ROWS_TIMED]
+    timed = rows[begin:end]
     seconds = logged[last]["time"] - logged[first]["time"]
     tokens = sum(len(row["input_ids"]) for row in timed)
     figures.update(
@@ -114,7 +117,14 @@ def main() -> int:
     verb, *rest = sys.argv[1:]
     if verb == "prepare":
         return prepare(rest)
-    return train(Path(rest[0]), limit="--limit" in rest)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--rows", help="the rows of the timed steps, first:end; none: no times")
+    parser.add_argument("--limit", action="store_true", help="time the step's matrix products too")
+    options = parser.parse_args(rest)
+    return train(options.run_dir, timed_rows=options.rows, limit=options.limit)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def import_everything(library: str) -> None:
     import transformers.trainer  # noqa: F401
 
     if library == "trl":
-        import trl.trainer.sft_trainer  # noqa: F401
+        import trl.trainer.sft_trainer  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 
 def make_trainer(options: argparse.Namespace) -> tuple[Any, Any, int, int]:
@@ -179,7 +179,7 @@ def arguments(options: argparse.Namespace, epochs: int) -> dict[str, Any]:
 def trl_trainer(options: argparse.Namespace, rows: list[Any], epochs: int, clock: Any) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
 
     told = arguments(options, epochs)
     told["max_length"] = 512

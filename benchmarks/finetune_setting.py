@@ -11,6 +11,7 @@ Peers read base/, adapter/ and rows.json and never see a text.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -77,11 +78,6 @@ def overrides(folder: Path, mode: str, *, batch_size: int, steps: int) -> list[s
     ]
 
 
-def steps_of(batch_size: int) -> tuple[int, int]:
-    """(steps before the timed ones, timed steps) of lmlab at a batch size: the same rows at each."""
-    return NUM_ROWS_BEFORE // batch_size, NUM_ROWS_TIMED // batch_size
-
-
 def prepare_setting(folder: Path, data: Path) -> dict[str, Any]:
     """Make what is missing of the setting; a description of its rows."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,8 +109,6 @@ def initial_adapter(folder: Path, mode: str) -> Path:
 
 def run_own(folder: Path, verb: str, mode: str, arguments: list[str]) -> None:
     """A step of lmlab's outside any measurement."""
-    import os
-
     command = [python(), str(ROOT / "benchmarks" / "finetune_own.py"), verb, *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **OFFLINE}, capture_output=True, text=True, check=False
