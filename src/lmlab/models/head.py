@@ -1,19 +1,31 @@
-"""From a batch to the logits of its supervised positions, and to the loss as (sum, count).
+"""From a batch to its loss as (sum, count): only supervised positions go through the output head, in chunks.
 
-Only supervised positions go through the output head: the model's own ``logits_to_keep`` does it with every scale,
-cap and bias of its architecture. The loss is a plain sum in fp32; who divides by how many tokens is decided over
-the whole optimizer step (training/modules.py), never here.
+The gradient of the hidden states (and of the head, if it is trained) is made chunk by chunk in the forward pass, so
+no more than one chunk of logits ever exists, and a frozen head costs no weight gradient. Scales, caps and biases of an
+architecture's head are found once per model and held against the model's own logits; where they do not come out
+equal, the model's own ``logits_to_keep`` is used instead: as exact, but all logits at once. The loss is a plain sum in
+fp32; who divides by how many tokens is decided over the whole optimizer step (training/modules.py), never here.
+
+Mechanism: Cut Your Losses in Large-Vocabulary Language Models (arXiv 2411.09009) and Liger (arXiv 2410.10989) fuse
+head and loss on a GPU; this is the same idea in plain torch, for any device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import nn
 
-from lmlab.models.attention import document_groups
+from lmlab.models import linear_loss
+from lmlab.models.attention import NAME, document_groups
+from lmlab.models.footprint import is_fake
+from lmlab.models.linear_loss import PLAIN_TAIL, HeadLoss, Tail
 from lmlab.records import PackedBatch
 from lmlab.registry import Config, losses
 
@@ -48,6 +60,10 @@ class CrossEntropy(LossConfig):
         return loss
 
 
+NLL = CrossEntropy(kind="cross_entropy", label_smoothing=0.0, z_loss=0.0)
+"""Plain negative log-likelihood, what validation measures whatever is trained."""
+
+
 class Supervised(NamedTuple):
     """``logits`` fp32 ``[n, vocab]`` and ``labels`` int64 ``[n]`` of a batch's n supervised positions."""
 
@@ -55,23 +71,125 @@ class Supervised(NamedTuple):
     labels: torch.Tensor
 
 
-def supervised_logits(model: torch.nn.Module | Any, batch: PackedBatch) -> Supervised:
-    """One forward pass over a batch, head only where a label is trained."""
+def loss_sum(model: Any, batch: PackedBatch, loss: LossConfig = NLL) -> torch.Tensor:
+    """The sum of ``loss`` over the batch's supervised positions, an fp32 scalar; one forward pass.
+
+    Args:
+        model: a causal LM of transformers, quantized or not, or PEFT's around one.
+        batch: flat (then under `attention.use_packed_attention`) or rectangular.
+    """
+    base = base_model(model)
+    tail = _tail(base)
+    if tail is None:
+        return loss.total(*_own_logits(model, batch))
     labels = batch.labels.flatten()[batch.supervised_index]
-    if batch.cu_seqlens is None:
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)
-        return Supervised(_kept(logits, batch.supervised_index).float(), labels)
-    documents = document_groups(batch.cu_seqlens, batch.input_ids.device)
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=batch.supervised_index,
-        lmlab_documents=documents,
+    hidden = _supervised_hidden(base, batch)
+    kernel = HeadLoss(loss.label_smoothing, loss.z_loss) if type(loss) is CrossEntropy else loss.total
+    return linear_loss.total(hidden, labels, head=base.get_output_embeddings(), tail=tail, loss=kernel)
+
+
+def supervised_logits(model: Any, batch: PackedBatch) -> Supervised:
+    """One forward pass over a batch, head only where a label is trained; all of these logits at once."""
+    base = base_model(model)
+    tail = _tail(base)
+    if tail is None:
+        return _own_logits(model, batch)
+    hidden = _supervised_hidden(base, batch)
+    logits = tail(linear_loss.head_output(base.get_output_embeddings(), hidden).float())
+    return Supervised(logits, batch.labels.flatten()[batch.supervised_index])
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model inside PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder(base: Any) -> Any:
+    """The part of a causal LM that ends with its last norm, before the head."""
+    found = base.get_decoder()
+    return base.base_model if found is base else found
+
+
+def _inputs(batch: PackedBatch) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    if batch.cu_seqlens is not None:
+        arguments["position_ids"] = batch.position_ids
+        arguments["lmlab_documents"] = document_groups(batch.cu_seqlens, batch.input_ids.device)
+    return arguments
+
+
+def _supervised_hidden(base: Any, batch: PackedBatch) -> torch.Tensor:
+    """Hidden states after the last norm, ``[n, hidden]``."""
+    hidden = decoder(base)(**_inputs(batch)).last_hidden_state.flatten(0, 1)
+    # All of them: no gather, whose backward would be an index_add over every position.
+    return (
+        hidden
+        if len(batch.supervised_index) == len(hidden)
+        else hidden.index_select(0, batch.supervised_index)
     )
-    return Supervised(_kept(output.logits[0], batch.supervised_index).float(), labels)
 
 
-def _kept(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The rows of ``index``; all of ``logits`` where the model's head has already left out the others."""
-    return logits if len(logits) == len(index) else logits[index]
+def _own_logits(model: Any, batch: PackedBatch) -> Supervised:
+    """As the model itself makes them; ``logits_to_keep`` takes positions of one row only."""
+    labels = batch.labels.flatten()[batch.supervised_index]
+    keep = {"logits_to_keep": batch.supervised_index} if len(batch.input_ids) == 1 else {}
+    logits = model(**_inputs(batch), **keep).logits.flatten(0, 1)
+    if len(logits) != len(labels):
+        logits = logits[batch.supervised_index]
+    return Supervised(logits.float(), labels)
+
+
+# --- what an architecture does to its logits -------------------------------------------------------------------------
+
+_tails: WeakKeyDictionary[nn.Module, Tail | None] = WeakKeyDictionary()
+
+
+def _tail(base: Any) -> Tail | None:
+    """How ``base`` makes logits of its head's output, found at the first call; None: only it itself knows."""
+    if base not in _tails:
+        candidates = _candidates(base.config.get_text_config())
+        if is_fake(base):  # nothing to compare: the memory plan
+            _tails[base] = candidates[0]
+        else:
+            _tails[base] = next((tail for tail in candidates if _is_its_own(base, tail)), None)
+    return _tails[base]
+
+
+def _candidates(config: Any) -> list[Tail]:
+    """By the names configs use; the name does not say whether a model multiplies or divides (Granite, HyperCLOVA X)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scales = [1.0]
+    for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if isinstance(value, (int, float)) and value not in (0, 1):
+            scales = [1 / value, value, 1.0] if name == "logits_scaling" else [value, 1 / value, 1.0]
+    return [Tail(scale, cap) for scale in scales] + ([PLAIN_TAIL] if cap else [])
+
+
+def _is_its_own(base: Any, tail: Tail) -> bool:
+    """Whether decoder, head and ``tail`` give the logits of the model's own forward pass."""
+    ids = torch.arange(8, device=base.device)[None] % base.config.get_text_config().vocab_size
+    batch = PackedBatch(ids, ids, torch.arange(8, device=base.device)[None], None, ids[0], 8)
+    if base.config._attn_implementation == NAME:
+        batch.cu_seqlens = torch.tensor([0, 8], dtype=torch.int32)
+    with _undisturbed(base), torch.no_grad():
+        own = base(**_inputs(batch)).logits[0].float()
+        hidden = decoder(base)(**_inputs(batch)).last_hidden_state
+        if hidden.shape[-1] != getattr(base.get_output_embeddings(), "in_features", hidden.shape[-1]):
+            return False  # a projection lies between (OPT-350m)
+        ours = tail(linear_loss.head_output(base.get_output_embeddings(), hidden[0]).float())
+    # The same products in the same type; a cap or scale may be rounded at another place in 16 bits.
+    tolerance = 1e-5 if own.dtype == hidden.dtype == torch.float32 else 2e-2
+    return bool((own - ours).abs().max() <= tolerance * own.abs().max().clamp(min=1e-30))
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode, so that two passes agree; no random number of the caller is used up."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

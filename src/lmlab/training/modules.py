@@ -22,7 +22,7 @@ from torchmetrics import SumMetric
 from lmlab.evaluation.text import MetricConfig
 from lmlab.generation.samplers import SamplerConfig
 from lmlab.generation.text import TextGenerator
-from lmlab.models.head import LossConfig, supervised_logits
+from lmlab.models.head import LossConfig, loss_sum
 from lmlab.models.memory import MemoryMeter
 from lmlab.records import PackedBatch, RunFailedError
 from lmlab.training.options import OptimConfig
@@ -116,9 +116,10 @@ class CausalLMModule(LightningModule):
         """Scaled loss sum of one micro-batch; see the module docstring for who divides it."""
         if self.measure_memory:
             self.meter.start("forward")
-        logits, labels = supervised_logits(self.model, batch)
-        total = self.loss.total(logits, labels)
-        counts = torch.tensor([0.0, len(labels), batch.num_tokens, _context_sum(batch)], dtype=torch.float64)
+        total = loss_sum(self.model, batch, self.loss)
+        counts = torch.tensor(
+            [0.0, len(batch.supervised_index), batch.num_tokens, _context_sum(batch)], dtype=torch.float64
+        )
         counts = counts.to(self.device, non_blocking=True)
         counts[0] += total.detach()
         self._window = counts if self._window is None else self._window + counts
@@ -206,10 +207,8 @@ class CausalLMModule(LightningModule):
 
     def validation_step(self, batch: PackedBatch, batch_index: int) -> None:
         """Add up negative log-likelihood and tokens; division comes after all batches of all ranks."""
-        logits, labels = supervised_logits(self.model, batch)
-        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        self._val_nll.update(nll.double())
-        self._val_tokens.update(float(len(labels)))
+        self._val_nll.update(loss_sum(self.model, batch).double())
+        self._val_tokens.update(float(len(batch.supervised_index)))
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks, compute, and hand the figures to the log."""
