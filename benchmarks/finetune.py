@@ -20,7 +20,6 @@ from typing import Any
 
 from finetune_setting import (
     LR,
-    MODES,
     NUM_ROWS_BEFORE,
     NUM_ROWS_TIMED,
     initial_adapter,
@@ -120,6 +119,7 @@ class Suite:
 
     def lora(self) -> None:
         """LoRA: everyone at the better of the batch sizes, TRL in every layout it has."""
+        initial_adapter(self.folder, "lora")
         self.gate("lora")
         families = [[self.own("lora", size) for size in self.options.batch_sizes]]
         for layout in TRL_LAYOUTS:
@@ -139,6 +139,7 @@ class Suite:
 
     def quantized(self) -> None:
         """lmlab over nf4 and int8 beside lmlab over fp32, and HF Trainer + PEFT over nf4."""
+        initial_adapter(self.folder, "qlora")
         size = self.options.batch_sizes[0]
         contenders = [self.own(mode, size) for mode in ("lora", "qlora", "int8")]
         contenders.append(self.peer("hf", "padded", "qlora", size))
@@ -240,9 +241,6 @@ def main() -> int:
     suite = Suite(options)
     os.environ["LMLAB_CACHE"] = str(suite.folder / "cache")
     suite.result["rows"] = prepare_setting(suite.folder, DATA)
-    for mode in MODES:
-        if mode != "full":
-            initial_adapter(suite.folder, mode)
     suite.result["load_at_start"] = wait_until_quiet(options.wait, load=0.5)
     for name in options.suites.split(","):
         getattr(suite, name)()
