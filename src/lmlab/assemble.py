@@ -197,6 +197,7 @@ def _text_generator(
 
     from lmlab.generation.text import TextGenerator
     from lmlab.models.attention import attention
+    from lmlab.models.decoding import ready_to_decode
     from lmlab.tokenizers import adds_bos, encode_document
 
     # As in training: of a conversation the chat template writes BOS.
@@ -205,9 +206,12 @@ def _text_generator(
     mark = end_mark(chat) if chat is not None else ""
 
     @contextmanager
-    def around() -> Any:
+    def around(num_steps: int = 1) -> Any:
         with ExitStack() as stack:
             stack.enter_context(attention(model, attn))
+            stack.enter_context(
+                ready_to_decode(model, compute_dtype=hardware.compute_dtype, num_steps=num_steps)
+            )
             if hardware.precision != "fp32":
                 stack.enter_context(torch.autocast(hardware.device.type, dtype=hardware.compute_dtype))
             yield

@@ -28,7 +28,8 @@ class TextGenerator:
         encode: prompt -> ids, by the same path as in training (at most one BOS, no EOS).
         decode: ids -> text.
         eos_token_ids: any of them ends a text.
-        around: entered around each batch (attention implementation, autocast).
+        around: entered around all batches of a call (attention implementation, autocast, a model made ready to
+            decode), with the number of forward passes expected.
         batch_size: prompts decoded together.
     """
 
@@ -36,7 +37,7 @@ class TextGenerator:
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     eos_token_ids: Collection[int]
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    around: Callable[..., AbstractContextManager[Any]] = nullcontext
     batch_size: int = 64
 
     def __call__(
@@ -53,14 +54,15 @@ class TextGenerator:
             on_text: called with (prompt index, token text) as tokens come, for streaming.
         """
         results: list[GeneratedText] = []
-        for start in range(0, len(prompts), self.batch_size):
-            ids = [self.encode(prompt) for prompt in prompts[start : start + self.batch_size]]
-            told = (
-                None
-                if on_text is None
-                else (lambda i, token, start=start: on_text(start + i, self.decode([token])))
-            )
-            with self.around():
+        starts = range(0, len(prompts), self.batch_size)
+        with self.around(len(starts) * sampler.max_new_tokens):
+            for start in starts:
+                ids = [self.encode(prompt) for prompt in prompts[start : start + self.batch_size]]
+                told = (
+                    None
+                    if on_text is None
+                    else (lambda i, token, start=start: on_text(start + i, self.decode([token])))
+                )
                 rows = generate(
                     self.model,
                     ids,
@@ -69,7 +71,8 @@ class TextGenerator:
                     seeds=seeds[start : start + self.batch_size],
                     on_token=told,
                 )
-            results += [
-                GeneratedText(self.decode(row.token_ids), len(row.token_ids), row.stop_reason) for row in rows
-            ]
+                results += [
+                    GeneratedText(self.decode(row.token_ids), len(row.token_ids), row.stop_reason)
+                    for row in rows
+                ]
         return results
