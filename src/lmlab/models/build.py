@@ -289,7 +289,7 @@ def _load_weights(about: Pretrained, hf_config: PretrainedConfig, dtype: torch.d
             revision=about.revision,
             trust_remote_code=about.trust_remote_code,
             dtype=dtype,
-            attn_implementation=None if _lacks_sdpa(hf_config) else "sdpa",
+            attn_implementation=standard_attention(hf_config),
             use_safetensors=True,  # never unpickle a downloaded file
             output_loading_info=True,
         )
@@ -304,9 +304,9 @@ def _load_weights(about: Pretrained, hf_config: PretrainedConfig, dtype: torch.d
     return model
 
 
-def _lacks_sdpa(config: PretrainedConfig) -> bool:
-    # Gemma 2 and gpt-oss need soft-capping or sinks, which SDPA cannot do: leave the choice to transformers.
-    return config.model_type in ("gemma2", "gpt_oss")
+def standard_attention(config: PretrainedConfig) -> str | None:
+    """SDPA, or None (transformers' choice) for Gemma 2 and gpt-oss, whose soft-capping and sinks SDPA cannot do."""
+    return None if config.model_type in ("gemma2", "gpt_oss") else "sdpa"
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 CUDA_GRANULE = 512
 """Bytes that sizes are rounded up to by torch's CUDA allocator (kMinBlockSize)."""
 
+_DEVICE: Any = torch.ops.prim.device.default
 _FLOATING_BY_DEFAULT = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "zeros", "ones", "rand", "randn", "linspace", "eye")
 )
@@ -39,7 +40,7 @@ class Footprint(TorchDispatchMode):
 
     Attributes:
         kind: what storages made from now on are for (``weights``, ``activations``, ...).
-        mark: name of the stretch of work now going on.
+        mark: name of the stretch of work now going on; none, and no peak is kept.
         live: bytes alive, by kind.
         peaks: mark -> ``live`` at that stretch's highest total.
     """
@@ -48,11 +49,11 @@ class Footprint(TorchDispatchMode):
         super().__init__()
         self.granule, self.kind = granule, "weights"
         self.live: Counter[str] = Counter()
-        self.peaks: dict[Hashable, Counter[str]] = {}
+        self.peaks: dict[tuple[Any, ...], Counter[str]] = {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._total = self._best = 0
         self._storages: dict[int, tuple[str, int, Any]] = {}
-        self._mark: Hashable = None
+        self._mark: tuple[Any, ...] = ()
 
     @contextmanager
     def active(self) -> Iterator[Footprint]:
@@ -66,15 +67,14 @@ class Footprint(TorchDispatchMode):
             yield self
 
     @property
-    def mark(self) -> Hashable:
+    def mark(self) -> tuple[Any, ...]:
         """See the class."""
         return self._mark
 
     @mark.setter
-    def mark(self, name: Hashable) -> None:
+    def mark(self, name: tuple[Any, ...]) -> None:
         self._mark = name
-        known = self.peaks.get(name)
-        self._best = -1 if known is None else known.total()
+        self._best = self.peaks[name].total() if name in self.peaks else -1
         self._note_peak()
 
     def assign(self, tensor: torch.Tensor, kind: str) -> None:
@@ -90,11 +90,16 @@ class Footprint(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # every second call is this one
         if _is_fake_call(func, args, kwargs):
             out = func(*args, **kwargs)
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, FakeTensor):
-                    self._follow(tensor)
+            if isinstance(out, FakeTensor):
+                self._follow(out)
+            else:
+                for tensor in tree_leaves(out):
+                    if isinstance(tensor, FakeTensor):
+                        self._follow(tensor)
             return out
         with unset_fake_temporarily():
             return func(*args, **kwargs)
@@ -116,7 +121,7 @@ class Footprint(TorchDispatchMode):
         self._total -= size
 
     def _note_peak(self) -> None:
-        if self._mark is not None and self._total > self._best:
+        if self._mark and self._total > self._best:
             self._best = self._total
             self.peaks[self._mark] = self.live.copy()
 
@@ -135,6 +140,8 @@ def is_fake(module: torch.nn.Module) -> bool:
 
 
 def _is_fake_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if args and isinstance(args[0], FakeTensor):
+        return True
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return True

@@ -54,7 +54,7 @@ class SixteenBit(QuantConfig):
 
     def apply(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
         dtype = torch.float16 if self.kind == "fp16" else torch.bfloat16
-        for parent, name, module in _replaceable(model, include_head=True, include_embeddings=True):
+        for parent, name, module in replaceable(model, include_head=True, include_embeddings=True):
             # The parameter stays the same object, so a head tied to the embedding stays tied.
             module.weight.data = module.weight.data.to(dtype)
             setattr(parent, name, _stored(module, compute_dtype))
@@ -68,9 +68,9 @@ class EightBit(QuantConfig):
 
     def apply(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
         bnb = _bitsandbytes()
-        layer = _int8_class()
-        for parent, name, module in _replaceable(model):
-            weight, bias = _linear_weight(module)
+        layer = int8_class()
+        for parent, name, module in replaceable(model):
+            weight, bias = linear_weight(module)
             new = layer(
                 weight.shape[1], weight.shape[0], bias=bias is not None, has_fp16_weights=False, device="meta"
             )
@@ -96,8 +96,8 @@ class FourBit(QuantConfig):
 
     def apply(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
         bnb = _bitsandbytes()
-        for parent, name, module in _replaceable(model):
-            weight, bias = _linear_weight(module)
+        for parent, name, module in replaceable(model):
+            weight, bias = linear_weight(module)
             new = bnb.nn.Linear4bit(
                 weight.shape[1],
                 weight.shape[0],
@@ -125,7 +125,7 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
-def _int8_class() -> Any:
+def int8_class() -> Any:
     bnb = _bitsandbytes()
 
     class WeightOnlyLinear8bit(bnb.nn.Linear8bitLt):
@@ -143,7 +143,7 @@ def _int8_class() -> Any:
     return WeightOnlyLinear8bit
 
 
-def _replaceable(
+def replaceable(
     model: PreTrainedModel, *, include_head: bool = False, include_embeddings: bool = False
 ) -> Iterator[tuple[nn.Module, str, Any]]:
     """(parent, attribute, module) of every linear layer, the head and the embeddings only where asked."""
@@ -163,7 +163,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"  # GPT-2's linear layer, its weight is [in, out]
 
 
-def _linear_weight(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def linear_weight(module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight as ``[out, in]`` and bias; GPT-2's Conv1D keeps its own transposed."""
     weight = module.weight.data
     if not isinstance(module, nn.Linear):
@@ -202,6 +202,24 @@ def _read(stored: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype)
     if scales is None:
         return stored.to(dtype)
     return stored.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
+
+
+def is_dense(module: Any) -> bool:
+    """Whether `dense_weight` can read this layer."""
+    bnb = _bitsandbytes()
+    known = (StoredLinear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return type(module) is nn.Linear or isinstance(module, known) or _is_conv1d(module)
+
+
+def dense_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[out, in]`` of a linear layer as its product uses it, whatever it is stored in."""
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    if weight.dtype == torch.int8:
+        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+        return _read(weight.data, scales, dtype)
+    return (weight.t() if _is_conv1d(module) else weight).detach().to(dtype)
 
 
 def _frozen_product(

@@ -1,0 +1,359 @@
+"""The memory plan: what each phase of a run will take, from the config alone.
+
+Not formulas: the run's own code (build, quantize, adapt, forward pass, loss, backward pass, optimizer, validation,
+generation) is run on tensors without memory and its live bytes are counted (`footprint`). Deep models are run with 3
+and with 4 layers and extended linearly: layers that are alike add the same bytes at every moment of a step, so this is
+exact as long as each moment (the first layers, the last ones, the head) is extended on its own and the highest one
+is taken afterwards.
+
+GB are 10^9 bytes. Not in the plan: the CUDA context (some 0.5 GB that torch does not see), fragmentation, and scratch
+memory inside of kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lmlab.models import fake_storage
+from lmlab.models.attention import attention, use_packed_attention
+from lmlab.models.build import ModelConfig, enable_checkpointing, standard_attention
+from lmlab.models.footprint import CUDA_GRANULE, Footprint
+from lmlab.models.head import base_model, loss_sum
+from lmlab.models.memory import PHASES
+from lmlab.records import PackedBatch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from lmlab.models.adapters import AdapterConfig
+    from lmlab.models.head import LossConfig
+    from lmlab.models.quantize import QuantConfig
+
+KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "head and loss", "workspace")
+WHOLE_UP_TO = 5
+"""Layers up to which a model is run whole: 3 + 4 of them would take longer."""
+
+Peaks = dict[tuple[str, str], Counter[str]]
+BuildOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The largest micro-batches of a run.
+
+    Attributes:
+        train, val: lengths of their documents, in tokens.
+        supervised, val_supervised: how many of these tokens are trained or measured.
+        flat: flat rows under packed attention; else rectangles as wide as the longest.
+        prompts: lengths of the prompts that are continued at once; none: nothing is generated.
+        new_tokens: at most generated for each.
+    """
+
+    train: tuple[int, ...]
+    supervised: int
+    val: tuple[int, ...]
+    val_supervised: int
+    flat: bool
+    prompts: tuple[int, ...] = ()
+    new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Planned peaks.
+
+    Attributes:
+        phases: phase -> kind (`KINDS`) -> bytes alive at that phase's peak.
+        layers: of the model, and how many were run to find this out.
+    """
+
+    phases: dict[str, dict[str, int]]
+    layers: tuple[int, int]
+
+    def peak_gb(self, phase: str) -> float:
+        """Peak of one phase."""
+        return sum(self.phases[phase].values()) / 1e9
+
+    @property
+    def worst(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=self.peak_gb)
+
+    @property
+    def total_gb(self) -> float:
+        """The highest peak of all phases."""
+        return self.peak_gb(self.worst)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """Everything a plan depends on.
+
+    Attributes:
+        build_optimizer: from the trained parameters, as the run's own.
+        compute_dtype: of products; fp32 means no autocast.
+        device_type: ``cpu`` or ``cuda``.
+    """
+
+    model: ModelConfig
+    hf_config: PretrainedConfig
+    quant: QuantConfig
+    adapter: AdapterConfig
+    loss: LossConfig
+    build_optimizer: BuildOptimizer
+    workload: Workload
+    compute_dtype: torch.dtype
+    device_type: str
+
+
+def plan(run: PlannedRun, *, whole: bool = False) -> MemoryPlan:
+    """Planned peaks of every phase.
+
+    Args:
+        whole: run every layer, however many; else deep models of like layers are extended from 3 and 4.
+
+    Raises:
+        Exception: whatever the model's own code raises without values, as where tokens are routed by value.
+    """
+    layers = _num_layers(run.hf_config)
+    if whole or layers is None or layers <= WHOLE_UP_TO or not _alike(run.hf_config):
+        return _collect(_measure(run, run.hf_config), (layers or 0, layers or 0))
+    short, longer = (_measure(run, _with_layers(run.hf_config, n)) for n in (3, 4))
+    extended: Peaks = {}
+    for moment in short.keys() & longer.keys():
+        low, high = short[moment], longer[moment]
+        # Counter's own minus would drop what is negative.
+        extended[moment] = Counter(
+            {kind: low[kind] + (layers - 3) * (high[kind] - low[kind]) for kind in low.keys() | high.keys()}
+        )
+    return _collect(extended, (layers, 7))
+
+
+def _collect(peaks: Peaks, layers: tuple[int, int]) -> MemoryPlan:
+    phases = {}
+    for phase in PHASES:
+        moments = [live for (name, _), live in peaks.items() if name == phase]
+        if moments:
+            highest = max(moments, key=lambda live: live.total())
+            phases[phase] = {kind: max(0, highest[kind]) for kind in KINDS}
+    return MemoryPlan(phases, layers)
+
+
+# --- how deep ---------------------------------------------------------------------------------------------------------
+
+
+def _num_layers(config: PretrainedConfig) -> int | None:
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
+
+
+def _alike(config: PretrainedConfig) -> bool:
+    """Whether the layers are of one kind, as far as a config tells; sliding windows change no sizes worth counting."""
+    text = config.get_text_config()
+    kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
+    mixed = ("first_k_dense_replace", "mlp_only_layers", "attn_layer_indices", "layers_block_type")
+    return kinds <= {"full_attention", "sliding_attention", "chunked_attention"} and not any(
+        getattr(text, name, None) for name in mixed
+    )
+
+
+def _with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    text.num_hidden_layers = count
+    if types:
+        text.layer_types = list(types[:count])
+    return config
+
+
+# --- one model, run without memory ------------------------------------------------------------------------------------
+
+
+def _measure(run: PlannedRun, hf_config: PretrainedConfig) -> Peaks:
+    fake_storage.prepare()
+    footprint = Footprint(granule=CUDA_GRANULE if run.device_type == "cuda" else 1)
+    with footprint.active():
+        simulation = _Simulation(run, hf_config, footprint)
+        simulation.train()
+        simulation.evaluate()
+        if run.workload.prompts:
+            simulation.generate()
+        del simulation
+    peaks: Peaks = {}
+    for (phase, *moment), live in footprint.peaks.items():
+        for name in _names(*moment):
+            peaks[phase, name] = live
+    return peaks
+
+
+def _names(moment: int | str, layers: int = 0) -> list[str]:
+    """A moment's names, the same for any depth: the first two layers count from the start, the last two from the end."""
+    if isinstance(moment, str) or moment in (-1, layers):
+        return [f"{moment}" if isinstance(moment, str) else "before" if moment < 0 else "after"]
+    first, last = [f"layer {moment}"] * (moment < 2), [f"layer {moment - layers}"] * (moment >= layers - 2)
+    return [*first, *last] or [f"layer {moment}"]
+
+
+class _Simulation:
+    """A run's model and its phases on fake tensors; made and used under `Footprint.active`."""
+
+    def __init__(self, run: PlannedRun, hf_config: PretrainedConfig, footprint: Footprint) -> None:
+        self.run, self.footprint = run, footprint
+        # A torch built without CUDA cannot even imagine its tensors; the CPU's stand in, of the same shapes and types.
+        gpu = run.device_type == "cuda" and torch.backends.cuda.is_built()
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.phase = "load"
+        self.model = self._build(hf_config)
+        self.layers = _decoder_layers(self.model, _num_layers(hf_config))
+        self._follow_layers()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in self.trained:
+            parameter.register_post_accumulate_grad_hook(self._own_gradient)
+
+    def _build(self, hf_config: PretrainedConfig) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        run, footprint = self.run, self.footprint
+        footprint.kind, footprint.mark = "weights", ("load", "build")
+        with self.device:
+            model = AutoModelForCausalLM.from_config(
+                hf_config, dtype=run.quant.load_dtype, attn_implementation=standard_attention(hf_config)
+            )
+        if run.model.gradient_checkpointing:
+            enable_checkpointing(model)
+        footprint.mark = ("load", "quantize")
+        if run.adapter.freezes_base:
+            fake_storage.apply(run.quant, model, compute_dtype=run.compute_dtype)
+        self.standard_attention = str(model.config._attn_implementation)
+        footprint.kind, footprint.mark = "adapter", ("load", "adapt")
+        adapted = run.adapter.apply(model, seed=0)
+        if run.workload.flat:
+            use_packed_attention(adapted)
+        return adapted.to(self.device).train()
+
+    # --- which layer is at work ---------------------------------------------------------------------------------
+
+    def _follow_layers(self) -> None:
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(lambda *_, i=index: self._enter(i))
+            layer.register_forward_hook(lambda module, args, output, i=index: self._leave(i, output))
+
+    def _moment(self, index: int) -> None:
+        """Layer ``index`` is at work; -1: before the first, their number: after the last."""
+        self.footprint.mark = (self.phase, index, len(self.layers))
+
+    def _enter(self, index: int) -> None:
+        self.footprint.kind = "activations"  # in the backward pass: those recomputed under checkpointing
+        if self.phase != "backward":
+            self._moment(index)
+
+    def _leave(self, index: int, output: Any) -> None:
+        if self.phase == "backward":
+            self.footprint.kind = "workspace"
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self._moment(index))
+        if index == len(self.layers) - 1:
+            self.footprint.kind = "head and loss"
+            self._moment(len(self.layers))
+
+    def _own_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self.footprint.assign(parameter.grad, "gradients")
+
+    # --- phases -------------------------------------------------------------------------------------------------
+
+    def _begin(self, phase: str, *, kind: str = "activations", index: int = -1) -> None:
+        self.phase, self.footprint.kind = phase, kind
+        self._moment(index)
+
+    @contextmanager
+    def _autocast(self) -> Iterator[None]:
+        dtype = self.run.compute_dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            yield
+
+    def train(self) -> None:
+        """One optimizer step of those after the first: it finds gradients and the optimizer's state there."""
+        work = self.run.workload
+        batch = _batch(work.train, work.supervised, flat=work.flat, device=self.device)
+        optimizer = self.run.build_optimizer(self.trained)
+        fake_storage.give_tables(optimizer)
+        self.footprint.mark, self.footprint.kind = (), "gradients"  # those of the step before
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.footprint.kind = "optimizer"
+        optimizer.step()  # makes its state
+        self._begin("forward")
+        with self._autocast():
+            total = loss_sum(self.model, batch, self.run.loss) / 1024
+        optimizer.zero_grad()  # Lightning's order: the forward pass still finds the last step's gradients
+        self._begin("backward", kind="workspace", index=len(self.layers))
+        total.backward()
+        del total
+        self._begin("optimizer", kind="workspace")
+        for parameter in self.trained:
+            if parameter.grad is not None:
+                parameter.grad.mul_(1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        optimizer.step()
+        self.optimizer = optimizer  # its state lives on
+
+    def evaluate(self) -> None:
+        """One validation batch."""
+        work = self.run.workload
+        batch = _batch(work.val, work.val_supervised, flat=work.flat, device=self.device)
+        self._begin("eval")
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            loss_sum(self.model, batch)
+
+    def generate(self) -> None:
+        """The prompts at once, then the last of the new tokens, when the cache is at its longest."""
+        work = self.run.workload
+        rows, width = len(work.prompts), max(work.prompts)
+        with torch.no_grad(), self._autocast(), attention(self.model, self.standard_attention):
+            for length, begun in ((width, "prompt"), (width + work.new_tokens, "cache")):
+                ids = torch.zeros(rows, length, dtype=torch.int64).to(self.device)
+                if begun == "prompt":
+                    self._begin("generate")
+                else:
+                    self.phase = (
+                        "filling"  # not a phase of the plan: the cache is filled at once, not token by token
+                    )
+                    self._moment(-1)
+                cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            self._begin("generate")
+            self.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _decoder_layers(model: Any, count: int | None) -> Sequence[torch.nn.Module]:
+    """The decoder's layers in order; empty where they cannot be told."""
+    for module in base_model(model).modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []
+
+
+def _batch(lengths: Iterable[int], supervised: int, *, flat: bool, device: torch.device) -> PackedBatch:
+    """A batch of that shape; token ids are all 0."""
+    lengths = list(lengths)
+    if flat:
+        ids = torch.zeros(1, sum(lengths), dtype=torch.int64)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        cumulative = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    else:
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+        positions = cumulative = None
+    index = torch.arange(min(supervised, ids.numel()))
+    return PackedBatch(ids, ids.clone(), positions, cumulative, index, sum(lengths)).to(device)
