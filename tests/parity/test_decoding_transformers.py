@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tests.parity.tiny import ACCEPTED, VOCAB, random_model
 
 from lmlab.generation import decode
 from lmlab.generation.cache import filled_cache
@@ -18,7 +19,6 @@ from lmlab.generation.decode import Generated, generate
 from lmlab.generation.samplers import GreedySampler
 from lmlab.models.decoding import ready_to_decode
 from lmlab.models.quantize import FourBit
-from tests.parity.tiny import ACCEPTED, VOCAB, random_model
 
 pytestmark = pytest.mark.parity
 
