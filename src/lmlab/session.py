@@ -34,6 +34,7 @@ class Session:
         self.rank = int(os.environ.get("RANK", "0"))
         self.console = Console(soft_wrap=False)
         self.tracker: Any = None
+        self.meter: Any = None
         self.figures: dict[str, Any] = {}
         self.samples: list[Sample] = []
         self._speeds: list[float] = []
@@ -81,13 +82,14 @@ class Session:
         from lmlab.assemble import build_for_training
         from lmlab.models.hardware import choose_hardware
         from lmlab.models.memory import MemoryMeter
+        from lmlab.planning import plan_beside
 
         config = self.config
         prepared = PreparedData.load(Path(read_json(self.run.info)["prepared"]))
         precision = mixed_precision_instead(config) or config.trainer.precision
         hardware = choose_hardware(config.trainer.accelerator, precision)
         torch.manual_seed(config.seed + self.rank)
-        meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
+        meter = self.meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
         built = build_for_training(
             self.run, config, hardware, wants_flat=prepared.wants_flat, meter=meter, say=self.say
         )
@@ -100,6 +102,7 @@ class Session:
             if resume_from is None:
                 self.tracker.data(prepared.meta["report"], prepared.examples)
             self._report()  # the data section, to be looked at while the run goes
+            plan_beside(meter, config, prepared, built, hardware, max_steps, self.say)
             self.log(step, meter.read())
         return self._fit(built, prepared, hardware, meter, max_steps, resume_from)
 
@@ -164,9 +167,8 @@ class Session:
             resume_from=resume_from,
             test="test" in prepared.meta["report"],
         )
-        self.figures.update(
-            {"steps": result.steps, "best/val_loss": result.best_loss, "best/step": result.best_step}
-        )
+        self.figures.update({"steps": result.steps, **meter.errors()})
+        self.figures.update({"best/val_loss": result.best_loss, "best/step": result.best_step})
         self.figures.update({"skipped_steps": module.skipped_steps} if module.skipped_steps else {})
         return 0 if result.signal is None else 128 + result.signal
 

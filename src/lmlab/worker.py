@@ -97,10 +97,9 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
     ) as error:  # the last resort: whatever it was, it is written down and the run is closed as failed
         reason = f"{type(error).__name__}: {error}"
         if _out_of_memory(error):
-            print(
-                f"error: out of memory: {_short(error)}: lower trainer.batch_size or data.max_length, or use adapter=qlora",
-                file=sys.stderr,
-            )
+            from lmlab.planning import out_of_memory
+
+            print(f"error: out of memory: {out_of_memory(config, session.meter)}", file=sys.stderr)
         else:
             traceback.print_exc()
             print(f"error: the run failed: {_short(error)} (the lines above say where)", file=sys.stderr)

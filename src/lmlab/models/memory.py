@@ -8,7 +8,9 @@ at the phase's end is reported instead. GB are 10^9 bytes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,17 +22,51 @@ class MemoryMeter:
 
     Args:
         on_cuda: measure torch's CUDA allocator instead of the process.
+
+    Attributes:
+        base_gb: on a CPU what the process takes besides tensors, known after `plan`.
     """
 
     def __init__(self, *, on_cuda: bool) -> None:
         self.on_cuda = on_cuda
+        self.base_gb = 0.0
         self._peaks: dict[str, float] = {}
+        self._highest: dict[str, float] = {}
+        self._planned: dict[str, float] = {}
         self._phase: str | None = None
+
+    def plan(self, growth_gb: Mapping[str, float], *, loaded_gb: float) -> None:
+        """Take planned peaks by phase, when everything is loaded and nothing has run.
+
+        Args:
+            growth_gb: phase -> planned peak of tensors.
+            loaded_gb: of them what is in memory now. On a CPU the rest of the resident set (Python, libraries) is
+                added to every phase.
+        """
+        if not self.on_cuda:
+            release_free_memory()
+            self.base_gb = max(0.0, _status_gb("VmRSS") - loaded_gb)
+        self._planned = {phase: self.base_gb + growth for phase, growth in growth_gb.items()}
+
+    @property
+    def current(self) -> str | None:
+        """The phase now going on, as far as it is measured."""
+        return self._phase
+
+    def errors(self) -> dict[str, float]:
+        """``memory/<phase>/plan_error``: planned over the highest measured peak so far, less 1."""
+        both = self._planned.keys() & self._highest.keys()
+        return {
+            f"memory/{phase}/plan_error": self._planned[phase] / self._highest[phase] - 1
+            for phase in sorted(both)
+        }
 
     def start(self, phase: str | None) -> None:
         """End the current phase and begin ``phase`` (None: nothing is measured)."""
         if self._phase is not None:
-            self._peaks[self._phase] = max(self._peaks.get(self._phase, 0.0), self._peak())
+            peak = self._peak()
+            for peaks in (self._peaks, self._highest):
+                peaks[self._phase] = max(peaks.get(self._phase, 0.0), peak)
         self._phase = phase
         if phase is not None:
             self._reset()
@@ -46,8 +82,9 @@ class MemoryMeter:
             self.start(before)
 
     def read(self) -> dict[str, float]:
-        """``memory/<phase>/peak_gb`` of the phases ended since the last call, and the memory in use now."""
+        """``memory/<phase>/peak_gb`` of the phases ended since the last call, what was planned, and the memory in use now."""
         values = {f"memory/{phase}/peak_gb": peak for phase, peak in self._peaks.items()}
+        values.update({f"memory/{p}/planned_gb": self._planned[p] for p in self._peaks if p in self._planned})
         self._peaks = {}
         values["memory/rss_gb"] = _status_gb("VmRSS")
         if self.on_cuda:
@@ -75,6 +112,13 @@ class MemoryMeter:
             Path("/proc/self/clear_refs").write_text("5")
 
 
+def release_free_memory() -> None:
+    """Give memory that malloc holds free back to the system, where this is glibc; what is measured then is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def _status_gb(field: str) -> float:
     """A field of /proc/self/status in GB; elsewhere the peak resident set by `resource`."""
     try:
@@ -84,7 +128,6 @@ def _status_gb(field: str) -> float:
     except OSError:
         pass
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

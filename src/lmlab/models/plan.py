@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lmlab.models.quantize import QuantConfig
 
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "head and loss", "workspace")
-WHOLE_UP_TO = 5
+WHOLE_UP_TO = 7
 """Layers up to which a model is run whole: 3 + 4 of them would take longer."""
 
 Peaks = dict[tuple[str, str], Counter[str]]
@@ -81,6 +81,15 @@ class MemoryPlan:
     def peak_gb(self, phase: str) -> float:
         """Peak of one phase."""
         return sum(self.phases[phase].values()) / 1e9
+
+    def growth_gb(self) -> dict[str, float]:
+        """Planned peaks by phase, over what was in use before."""
+        return {phase: self.peak_gb(phase) for phase in self.phases}
+
+    @property
+    def loaded_gb(self) -> float:
+        """Weights and adapter as they lie between phases."""
+        return sum(self.phases["optimizer"][kind] for kind in ("weights", "adapter")) / 1e9
 
     @property
     def worst(self) -> str:
@@ -319,22 +328,21 @@ class _Simulation:
             loss_sum(self.model, batch)
 
     def generate(self) -> None:
-        """The prompts at once, then the last of the new tokens, when the cache is at its longest."""
-        work = self.run.workload
+        """The prompts at once; then a token each, when the cache is at its longest."""
+        work, footprint = self.run.workload, self.footprint
         rows, width = len(work.prompts), max(work.prompts)
+        ids = torch.zeros(rows, width, dtype=torch.int64).to(self.device)
+        self._begin("generate")
+        before = footprint.live["activations"]
         with torch.no_grad(), self._autocast(), attention(self.model, self.standard_attention):
-            for length, begun in ((width, "prompt"), (width + work.new_tokens, "cache")):
-                ids = torch.zeros(rows, length, dtype=torch.int64).to(self.device)
-                if begun == "prompt":
-                    self._begin("generate")
-                else:
-                    self.phase = (
-                        "filling"  # not a phase of the plan: the cache is filled at once, not token by token
-                    )
-                    self._moment(-1)
-                cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-            self._begin("generate")
-            self.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        if cache is None:
+            return
+        # Worked out, not run: a cache grows by concatenation, which holds one layer's old and new tensors at once.
+        full = (footprint.live["activations"] - before) * (width + work.new_tokens) // width
+        longest = footprint.live.copy()
+        longest["activations"] = before + full + full // max(1, len(self.layers))
+        footprint.peaks["generate", "cache"] = longest
 
 
 def _decoder_layers(model: Any, count: int | None) -> Sequence[torch.nn.Module]:

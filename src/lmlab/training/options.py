@@ -115,6 +115,7 @@ class TrainerConfig(Config):
         batch_size: examples (or packed rows, or windows) per device and micro-batch.
         precision: of matrix products; weights that are trained stay fp32.
         on_nonfinite: a gradient that is not finite stops the run before the update, or that update is skipped.
+        memory_plan: plan the peak memory of each phase before the first step (some seconds, once per configuration).
     """
 
     max_steps: int | None = Field(ge=1)
@@ -133,6 +134,7 @@ class TrainerConfig(Config):
     num_workers: int = Field(ge=0)
     compile: bool
     on_nonfinite: Literal["stop", "skip"]
+    memory_plan: bool
 
     @property
     def rows_per_step(self) -> int:
