@@ -161,7 +161,9 @@ def write_figures(figures: Mapping[str, Any]) -> None:
         print(text)
 
 
-def compare(contenders: Sequence[Contender], machine: Machine, repeats: int) -> dict[str, list[dict[str, Any]]]:
+def compare(
+    contenders: Sequence[Contender], machine: Machine, repeats: int
+) -> dict[str, list[dict[str, Any]]]:
     """Every contender ``repeats`` times, one round after another; one that was stopped at its limit is not tried again."""
     runs: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
     for repeat in range(repeats):
