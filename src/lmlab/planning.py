@@ -70,9 +70,7 @@ def planned_run(
         adapter=config.adapter,
         loss=config.loss,
         # on_cuda=False: paged states are CUDA's managed memory, which cannot be imagined; plain ones are as large.
-        build_optimizer=lambda parameters: optim.build(
-            parameters, on_cuda=False, scaled=precision == "fp16"
-        ),
+        build_optimizer=lambda parameters: optim.build(parameters, on_cuda=False, scaled=precision == "fp16"),
         workload=workload,
         compute_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
         device_type=device_type,
@@ -140,7 +138,9 @@ def workload_of_data(
     train, supervised = _largest(rows, looked_at, flat=flat)
     val_rows = prepared.rows("val")
     val, val_supervised = _largest(
-        val_rows, ShareOfRows(len(val_rows), batch_size=trainer.val_batch_size, world_size=world_size(config)), flat=flat
+        val_rows,
+        ShareOfRows(len(val_rows), batch_size=trainer.val_batch_size, world_size=world_size(config)),
+        flat=flat,
     )
     base = workload_of_config_prompts(config, report)
     return Workload(train, supervised, val, val_supervised, flat, base, _new_tokens(config))

@@ -26,6 +26,10 @@ from torch.utils._pytree import tree_leaves
 CUDA_GRANULE = 512
 """Bytes that sizes are rounded up to by torch's CUDA allocator (kMinBlockSize)."""
 
+MALLOC_KEEPS_BELOW = 32 << 20
+"""glibc's malloc maps blocks from this size on apart and unmaps them when freed; smaller ones come from its heap, which
+stays resident (M_MMAP_THRESHOLD grows up to DEFAULT_MMAP_THRESHOLD_MAX by itself)."""
+
 _DEVICE: Any = torch.ops.prim.device.default
 _FLOATING_BY_DEFAULT = frozenset(
     getattr(torch.ops.aten, name) for name in ("empty", "zeros", "ones", "rand", "randn", "linspace", "eye")
@@ -43,6 +47,7 @@ class Footprint(TorchDispatchMode):
         mark: name of the stretch of work now going on; none, and no peak is kept.
         live: bytes alive, by kind.
         peaks: mark -> ``live`` at that stretch's highest total.
+        heap: mark -> the most bytes alive in ``small`` and, apart from that, in ``large`` blocks of malloc.
     """
 
     def __init__(self, *, granule: int = 1) -> None:
@@ -50,6 +55,8 @@ class Footprint(TorchDispatchMode):
         self.granule, self.kind = granule, "weights"
         self.live: Counter[str] = Counter()
         self.peaks: dict[tuple[Any, ...], Counter[str]] = {}
+        self.heap: dict[tuple[Any, ...], Counter[str]] = {}
+        self._large = 0
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._total = self._best = 0
         self._storages: dict[int, tuple[str, int, Any]] = {}
@@ -113,17 +120,24 @@ class Footprint(TorchDispatchMode):
         self._storages[key] = (self.kind, size, weakref.ref(storage, lambda _: self._forget(key)))
         self.live[self.kind] += size
         self._total += size
+        self._large += size if size >= MALLOC_KEEPS_BELOW else 0
         self._note_peak()
 
     def _forget(self, key: int) -> None:
         kind, size, _ = self._storages.pop(key)
         self.live[kind] -= size
         self._total -= size
+        self._large -= size if size >= MALLOC_KEEPS_BELOW else 0
 
     def _note_peak(self) -> None:
-        if self._mark and self._total > self._best:
+        if not self._mark:
+            return
+        if self._total > self._best:
             self._best = self._total
             self.peaks[self._mark] = self.live.copy()
+        heap = self.heap.setdefault(self._mark, Counter())
+        heap["large"] = max(heap["large"], self._large)
+        heap["small"] = max(heap["small"], self._total - self._large)
 
 
 def _take_over(one: torch.Tensor, other: torch.Tensor) -> None:

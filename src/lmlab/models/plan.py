@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,22 @@ if TYPE_CHECKING:
     from lmlab.models.head import LossConfig
     from lmlab.models.quantize import QuantConfig
 
-KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "head and loss", "workspace")
+KINDS = (
+    "weights",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "activations",
+    "head and loss",
+    "workspace",
+    "kept free",
+)
+"""What memory is for; ``kept free`` is what malloc keeps on a CPU of blocks that were freed."""
 WHOLE_UP_TO = 7
 """Layers up to which a model is run whole: 3 + 4 of them would take longer."""
 
-Peaks = dict[tuple[str, str], Counter[str]]
+Moments = dict[tuple[str, str], Counter[str]]
+"""(phase, moment in it) -> bytes by kind."""
 BuildOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -133,26 +144,39 @@ def plan(run: PlannedRun, *, whole: bool = False) -> MemoryPlan:
         Exception: whatever the model's own code raises without values, as where tokens are routed by value.
     """
     layers = _num_layers(run.hf_config)
+    on_cpu = run.device_type == "cpu"
     if whole or layers is None or layers <= WHOLE_UP_TO or not _alike(run.hf_config):
-        return _collect(_measure(run, run.hf_config), (layers or 0, layers or 0))
+        return _collect(*_measure(run, run.hf_config), layers=(layers or 0, layers or 0), on_cpu=on_cpu)
     short, longer = (_measure(run, _with_layers(run.hf_config, n)) for n in (3, 4))
-    extended: Peaks = {}
+    peaks, heap = (_extended(low, high, layers - 3) for low, high in zip(short, longer, strict=True))
+    return _collect(peaks, heap, layers=(layers, 7), on_cpu=on_cpu)
+
+
+def _extended(short: Moments, longer: Moments, times: int) -> Moments:
+    """``times`` more layers than in ``short``, of which ``longer`` has one more."""
+    extended: Moments = {}
     for moment in short.keys() & longer.keys():
         low, high = short[moment], longer[moment]
         # Counter's own minus would drop what is negative.
         extended[moment] = Counter(
-            {kind: low[kind] + (layers - 3) * (high[kind] - low[kind]) for kind in low.keys() | high.keys()}
+            {kind: low[kind] + times * (high[kind] - low[kind]) for kind in low.keys() | high.keys()}
         )
-    return _collect(extended, (layers, 7))
+    return extended
 
 
-def _collect(peaks: Peaks, layers: tuple[int, int]) -> MemoryPlan:
+def _collect(peaks: Moments, heap: Moments, *, layers: tuple[int, int], on_cpu: bool) -> MemoryPlan:
     phases = {}
+    # Small blocks that any phase of the loop has once used stay with the process; loading is over before the loop.
+    kept = max(blocks["small"] for (phase, _), blocks in heap.items() if phase != "load")
     for phase in PHASES:
         moments = [live for (name, _), live in peaks.items() if name == phase]
-        if moments:
-            highest = max(moments, key=lambda live: live.total())
-            phases[phase] = {kind: max(0, highest[kind]) for kind in KINDS}
+        if not moments:
+            continue
+        highest = max(moments, key=lambda live: live.total())
+        phases[phase] = {kind: max(0, highest[kind]) for kind in KINDS}
+        if on_cpu and phase != "load":
+            large = max(blocks["large"] for (name, _), blocks in heap.items() if name == phase)
+            phases[phase]["kept free"] = max(0, large + kept - highest.total())
     return MemoryPlan(phases, layers)
 
 
@@ -187,7 +211,7 @@ def _with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
 # --- one model, run without memory ------------------------------------------------------------------------------------
 
 
-def _measure(run: PlannedRun, hf_config: PretrainedConfig) -> Peaks:
+def _measure(run: PlannedRun, hf_config: PretrainedConfig) -> tuple[Moments, Moments]:
     fake_storage.prepare()
     footprint = Footprint(granule=CUDA_GRANULE if run.device_type == "cuda" else 1)
     with footprint.active():
@@ -197,11 +221,11 @@ def _measure(run: PlannedRun, hf_config: PretrainedConfig) -> Peaks:
         if run.workload.prompts:
             simulation.generate()
         del simulation
-    peaks: Peaks = {}
-    for (phase, *moment), live in footprint.peaks.items():
-        for name in _names(*moment):
-            peaks[phase, name] = live
-    return peaks
+    return _named(footprint.peaks), _named(footprint.heap)
+
+
+def _named(marks: Mapping[tuple[Any, ...], Counter[str]]) -> Moments:
+    return {(phase, name): live for (phase, *moment), live in marks.items() for name in _names(*moment)}
 
 
 def _names(moment: int | str, layers: int = 0) -> list[str]:
@@ -343,6 +367,7 @@ class _Simulation:
         longest = footprint.live.copy()
         longest["activations"] = before + full + full // max(1, len(self.layers))
         footprint.peaks["generate", "cache"] = longest
+        footprint.heap["generate", "cache"] = Counter({"small": longest.total()})
 
 
 def _decoder_layers(model: Any, count: int | None) -> Sequence[torch.nn.Module]:
