@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lmlab.generation.samplers import SamplerConfig
@@ -22,7 +21,7 @@ from lmlab.models.flops import StepFlops
 from lmlab.models.memory import MemoryMeter
 from lmlab.records import Sample
 from lmlab.training.console import Progress
-from lmlab.training.modules import CausalLMModule, StepTotals
+from lmlab.training.modules import STOP_SIGNALS, CausalLMModule, StepTotals
 from lmlab.training.options import TrainerConfig
 
 LogMetrics = Callable[[int, Mapping[str, float]], None]
@@ -225,31 +224,31 @@ class GracefulStop(Callback):
 
     def __init__(self, *, save: Callable[[Trainer], None]) -> None:
         self.signal: int | None = None
-        self._caught, self._save, self._step = 0, save, -1
+        self._save, self._step = save, -1
         self._old: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the handlers over from Lightning, whose own would end with exit code 0 and save nothing."""
 
+        assert isinstance(pl_module, CausalLMModule)
+
         def handle(number: int, frame: Any) -> None:
-            self._caught = number
+            pl_module.caught_signal = number
             signal.signal(number, signal.SIG_DFL)
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             self._old[number] = signal.signal(number, handle)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """After an optimizer step, agree over ranks whether to stop."""
+        """After an optimizer step, stop if the ranks have agreed to: the step's own all-reduce has asked them."""
+        assert isinstance(pl_module, CausalLMModule)
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        caught = self._caught
-        if trainer.world_size > 1:
-            flag = torch.tensor(float(caught), device=pl_module.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            caught = int(flag)
-        if caught:
-            self.signal = caught
+        if trainer.world_size == 1:
+            pl_module.agreed_signal = pl_module.caught_signal  # also what came since the step's end
+        if pl_module.agreed_signal:
+            self.signal = pl_module.agreed_signal
             trainer.limit_val_batches = 0  # stopping must be quick: no validation on the way out
             trainer.should_stop = True
             self._save(trainer)

@@ -2,14 +2,19 @@
 
 The loss of an optimizer step is the sum of its token losses divided by the number of its supervised tokens, over all
 micro-batches and all ranks: exact, where Lightning and its peers average averages. How: `training_step` returns a sum
-scaled by a constant; when the last backward is over, `on_before_optimizer_step` rescales the gradients once by what
-the true divisor turned out to be, before clipping. Lightning has by then divided by ``accumulate_grad_batches`` and
-DDP by the world size, so the factor is ``world_size * accumulate * SCALE / supervised_tokens``.
+scaled by a constant; when the last backward is over, `configure_gradient_clipping` rescales the gradients by what the
+true divisor turned out to be and, in the same pass, clips them. Lightning has by then divided by
+``accumulate_grad_batches`` and DDP by the world size, so the factor is
+``world_size * accumulate * SCALE / supervised_tokens``.
+
+Besides DDP's own there is one small all-reduce per optimizer step: of the step's counts and, with them, whether any rank
+was asked to stop. What only the device knows, loss and gradient norm, is read once per step, together.
 """
 
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +35,7 @@ from lmlab.training.options import OptimConfig
 MAX_OVERFLOWS = (
     30  # in a row: a loss scale of 65,536 is down to 1e-4 by then, so the gradient itself is broken
 )
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SCALE = 1024.0  # keeps the summed loss of a batch within fp16's range before the backward pass
 
 
@@ -100,9 +106,11 @@ class CausalLMModule(LightningModule):
         self.totals = StepTotals()
         self.measure_memory = False
         self.skipped_steps = self._overflows = 0
-        self._window: torch.Tensor | None = (
-            None  # [loss sum, supervised, tokens, tokens * context] of this step
-        )
+        # Of this step so far: the loss sum, which the device knows, and what is known here without asking it.
+        self._loss_sum: torch.Tensor | None = None
+        self._counts = [0.0, 0.0, 0.0]  # supervised, tokens, tokens * context
+        # Of this process, and of any rank at the end of the last step; 0 for none. See `callbacks.GracefulStop`.
+        self.caught_signal = self.agreed_signal = 0
         self._val_nll, self._val_tokens = (
             SumMetric().set_dtype(torch.float64),
             SumMetric().set_dtype(torch.float64),
@@ -117,12 +125,10 @@ class CausalLMModule(LightningModule):
         if self.measure_memory:
             self.meter.start("forward")
         total = loss_sum(self.model, batch, self.loss)
-        counts = torch.tensor(
-            [0.0, len(batch.supervised_index), batch.num_tokens, _context_sum(batch)], dtype=torch.float64
-        )
-        counts = counts.to(self.device, non_blocking=True)
-        counts[0] += total.detach()
-        self._window = counts if self._window is None else self._window + counts
+        of_batch = (len(batch.supervised_index), batch.num_tokens, _context_sum(batch))
+        self._counts = [count + more for count, more in zip(self._counts, of_batch, strict=True)]
+        loss_sum_ = total.detach().double()
+        self._loss_sum = loss_sum_ if self._loss_sum is None else self._loss_sum + loss_sum_
         return total / SCALE
 
     def on_before_backward(self, loss: torch.Tensor) -> None:
@@ -131,21 +137,9 @@ class CausalLMModule(LightningModule):
             self.meter.start("backward")
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the summed gradient by the supervised tokens of the whole step."""
+        """Memory phase only; the gradient is divided where its norm is taken, so that it is passed over once."""
         if self.measure_memory:
             self.meter.start("optimizer")
-        assert self._window is not None
-        window, self._window = self._window, None
-        if self.trainer.world_size > 1:
-            dist.all_reduce(window)
-        self._last_window = window.tolist()
-        batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        # A step without any supervised token has zeros. The factor is a Python number and not a foreach product, so that
-        # the product is made in fp32 whatever the gradients' type: in bf16 the factor alone would be 0.4 % off.
-        factor = batches * SCALE / max(1.0, self._last_window[1])
-        for parameter in self._trainable:
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
 
     def configure_gradient_clipping(
         self,
@@ -153,23 +147,48 @@ class CausalLMModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, remember it, and stop or skip where it is not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self._trainable, gradient_clip_val or math.inf)
-        loss, supervised, tokens, context = self._last_window
-        value = float(norm)
-        if not math.isfinite(value):
-            self._nonfinite(value, loss / max(1, supervised))
-        else:
+        """Divide by the supervised tokens of the whole step, clip by the global norm; stop or skip if it is not finite."""
+        loss, supervised, tokens, context = self._step_counts()
+        batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        # A step without any supervised token has zeros.
+        factor = batches * SCALE / max(1.0, supervised)
+        gradients = [p.grad for p in self._trainable if p.grad is not None]
+        raw = torch.nn.utils.get_total_norm(gradients)
+        loss_sum, norm = torch.stack([loss, raw.to(loss)]).tolist()
+        norm *= factor
+        if math.isfinite(norm):
             self._overflows = 0
-        self.totals.loss += loss
+            if gradient_clip_val is not None:
+                factor *= min(1.0, gradient_clip_val / (norm + 1e-6))  # as torch's clip_grad_norm_
+            _scale(gradients, factor)
+        else:
+            self._nonfinite(norm, loss_sum / max(1, supervised))
+        self.totals.loss += loss_sum
         self.totals.supervised += supervised
         self.totals.tokens += tokens
         self.totals.context += context
         self.totals.steps += 1
-        self.totals.grad_norm = value
+        self.totals.grad_norm = norm
         self.totals.lr = float(
             optimizer.param_groups[0]["lr"]
         )  # the schedule moves on before the batch's last hook
+
+    def _step_counts(self) -> tuple[torch.Tensor, float, float, float]:
+        """Loss sum (still on the device), supervised tokens, tokens and context of the step over all ranks; begins anew."""
+        loss, (supervised, tokens, context) = self._loss_sum, self._counts
+        assert loss is not None
+        self._loss_sum, self._counts = None, [0.0, 0.0, 0.0]
+        if self.trainer.world_size == 1:
+            self.agreed_signal = self.caught_signal
+            return loss, supervised, tokens, context
+        asked = [float(self.caught_signal == number) for number in STOP_SIGNALS]
+        window = torch.tensor([0.0, supervised, tokens, context, *asked], dtype=torch.float64)
+        window = window.to(loss.device, non_blocking=True)
+        window[0] = loss
+        dist.all_reduce(window)
+        _, supervised, tokens, context, *askers = window.tolist()
+        self.agreed_signal = next((n for n, count in zip(STOP_SIGNALS, askers, strict=True) if count), 0)
+        return window[0], supervised, tokens, context
 
     def _scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
@@ -282,6 +301,15 @@ class SFTModule(CausalLMModule):
             metric.update([text.text for text in texts], [about.references[i] for i in chosen])
             values[f"val/{name}"] = float(metric.compute())
         return values
+
+
+def _scale(gradients: list[torch.Tensor], factor: float) -> None:
+    """Multiply in place, with the product made in fp32 whatever the gradients' type."""
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        torch._foreach_mul_(gradients, factor)
+        return
+    for gradient in gradients:  # on a CPU foreach rounds the factor to bf16 first: up to 0.4 % off
+        gradient.mul_(factor)
 
 
 def _context_sum(batch: PackedBatch) -> float:
