@@ -96,6 +96,7 @@ def options(batch_size: int, accumulate: int, **changes: object) -> TrainerConfi
         "num_workers": 0,
         "compile": False,
         "on_nonfinite": "stop",
+        "memory_plan": False,
     }
     return TrainerConfig.model_validate({**values, **changes})
 
