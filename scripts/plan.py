@@ -63,14 +63,14 @@ def _print_table(
     table = Table(title=title, title_justify="left")
     table.add_column("phase")
     for kind in kinds:
-        table.add_column(kind, justify="right")
+        table.add_column(kind, justify="right", no_wrap=True)
     table.add_column("total", justify="right", style="bold")
     for phase, parts in made.phases.items():
         cells = [f"{parts[kind] / 1e9:.3f}" for kind in kinds]
         table.add_row(
             phase, *cells, f"{made.peak_gb(phase):.3f}", style="bold" if phase == made.worst else None
         )
-    console = Console()
+    console = Console(width=max(Console().width, 120))  # a wrapped number is worse than a wide table
     console.print(table, highlight=False)
     besides = "Python and libraries, some 0.5 GB" if device_type == "cpu" else "the CUDA context, some 0.5 GB"
     kind = "memory" if device_type == "cpu" else "GPU memory"

@@ -1,7 +1,7 @@
-"""Quantized storage and 8-bit optimizers of bitsandbytes, of the right shapes, on tensors without content.
+"""Quantized storage of bitsandbytes, of the right shapes, on tensors without content.
 
-bitsandbytes' own parameter classes cannot wrap a fake tensor, and its tables of code points read values while they are
-made. Here the same tensors hang on a plain parameter with the same attributes, and the tables are made beforehand.
+bitsandbytes' own parameter classes cannot wrap a fake tensor, and its table for double quantization reads values while
+it is made. Here the same tensors hang on a plain parameter with the same attributes, and the table is made beforehand.
 """
 
 from __future__ import annotations
@@ -66,11 +66,3 @@ def _eight_bit(weight: torch.Tensor) -> Any:
     new.weight = nn.Parameter(codes, requires_grad=False)
     new.weight.CB, new.weight.SCB = codes, scales
     return new
-
-
-def give_tables(optimizer: torch.optim.Optimizer) -> None:
-    """Make the code tables of an 8-bit optimizer, if it is one, before its first step would."""
-    fill = getattr(optimizer, "fill_qmap", None)
-    if fill is not None:
-        with _disable_current_modes():
-            fill()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lmlab.models import fake_storage
 from lmlab.models.attention import attention, use_packed_attention
@@ -320,8 +321,8 @@ class _Simulation:
         """One optimizer step of those after the first: it finds gradients and the optimizer's state there."""
         work = self.run.workload
         batch = _batch(work.train, work.supervised, flat=work.flat, device=self.device)
-        optimizer = self.run.build_optimizer(self.trained)
-        fake_storage.give_tables(optimizer)
+        with _disable_current_modes():  # 8-bit optimizers make tables of code points from values
+            optimizer = self.run.build_optimizer(self.trained)
         self.footprint.mark, self.footprint.kind = (), "gradients"  # those of the step before
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
