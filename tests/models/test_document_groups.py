@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from lmlab.models.attention import MAX_WASTE, document_groups
+from lmlab.models.attention import MAX_WASTE, Documents
 
 
 def random_lengths(seed: int) -> list[int]:
@@ -21,13 +21,12 @@ def test_each_position_once_and_waste_is_bounded(seed: int) -> None:
     lengths = random_lengths(seed)
     ends = torch.tensor(lengths).cumsum(0)
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), ends]).int()
-    groups = document_groups(cu_seqlens)
+    groups = Documents(cu_seqlens).rectangles
     tokens = int(ends[-1])
     cells = torch.cat([index.flatten() for index in groups.gather])
-    assert len(groups.scatter.unique()) == tokens, "two positions share a cell"
-    assert torch.equal(cells[groups.scatter], torch.arange(tokens)), (
-        "gathering and scattering is not identity"
-    )
+    scatter = torch.arange(tokens) if groups.scatter is None else groups.scatter
+    assert len(scatter.unique()) == tokens, "two positions share a cell"
+    assert torch.equal(cells[scatter], torch.arange(tokens)), "gathering and scattering is not identity"
     assert len(cells) <= MAX_WASTE * tokens
 
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -50,5 +49,6 @@ def lengths_of(which: torch.Tensor, lengths: list[int]) -> torch.Tensor:
 
 
 def test_equal_documents_are_one_rectangle() -> None:
-    groups = document_groups(torch.arange(0, 33, 8, dtype=torch.int32))
+    groups = Documents(torch.arange(0, 33, 8, dtype=torch.int32)).rectangles
+    assert groups.scatter is None, "a row of equal documents needs no reordering"
     assert [tuple(index.shape) for index in groups.gather] == [(4, 8)]

@@ -22,8 +22,8 @@ from tiny import (
 
 from lmlab.models.attention import (
     NAME,
+    Documents,
     attention,
-    document_groups,
     packed_attention,
     use_packed_attention,
 )
@@ -63,7 +63,7 @@ def flat_logits(model: Any, examples: Any) -> list[torch.Tensor]:
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             use_cache=False,
-            lmlab_documents=document_groups(batch.cu_seqlens),
+            lmlab_documents=Documents(batch.cu_seqlens),
         )
     return list(out.logits[0].split([len(e.input_ids) for e in examples]))
 
@@ -228,7 +228,7 @@ def test_against_transformers_softcap_and_sinks(dropout: float) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 6, 8) * 3, torch.randn(1, 2, 6, 8) * 3, torch.randn(1, 2, 6, 8)
     mask = torch.full((6, 6), -torch.inf).triu(1)[None, None]
-    groups = document_groups(torch.tensor([0, 6], dtype=torch.int32))
+    groups = Documents(torch.tensor([0, 6], dtype=torch.int32))
     cases: list[tuple[Any, dict[str, Any]]] = [(gemma2, {"softcap": 2.0}), (gpt_oss, {"s_aux": module.sinks})]
     for own, arguments in cases:
         found, _ = packed_attention(
@@ -358,7 +358,7 @@ def test_generation_switches_back_and_forth() -> None:
 )
 def test_an_argument_it_does_not_honour_raises(argument: dict[str, Any]) -> None:
     q = torch.randn(1, 2, 5, 8)
-    documents_ = document_groups(torch.tensor([0, 5], dtype=torch.int32))
+    documents_ = Documents(torch.tensor([0, 5], dtype=torch.int32))
     given: dict[str, Any] = {"attention_mask": None, "lmlab_documents": documents_} | argument
     with pytest.raises(RuntimeError, match="cannot honour"):
         packed_attention(torch.nn.Identity(), q, q, q, **given)
@@ -372,7 +372,7 @@ def test_an_argument_it_does_not_honour_raises(argument: dict[str, Any]) -> None
 
 def test_value_heads_may_have_another_width() -> None:
     q, v = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 6)
-    groups = document_groups(torch.tensor([0, 3, 5], dtype=torch.int32))
+    groups = Documents(torch.tensor([0, 3, 5], dtype=torch.int32))
     found, _ = packed_attention(torch.nn.Identity(), q, q, v, None, lmlab_documents=groups)
     expected = torch.cat(
         [

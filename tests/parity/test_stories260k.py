@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmlab.models.attention import document_groups, use_packed_attention
+from lmlab.models.attention import Documents, use_packed_attention
 from lmlab.models.build import Pretrained, build_model
 
 pytestmark = pytest.mark.parity
@@ -60,7 +60,7 @@ def test_against_numpy_forward_all_prompts_in_one_flat_row(loaded: tuple[Any, di
                 input_ids=torch.cat(ids)[None],
                 position_ids=torch.cat([torch.arange(len(i)) for i in ids])[None],
                 use_cache=False,
-                lmlab_documents=document_groups(ends.int()),
+                lmlab_documents=Documents(ends.int()),
             )
     finally:
         model.set_attn_implementation(standard)

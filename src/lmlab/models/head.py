@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import nn
 
 from lmlab.models import linear_loss
-from lmlab.models.attention import NAME, document_groups
+from lmlab.models.attention import NAME, Documents
 from lmlab.models.footprint import is_fake
 from lmlab.models.linear_loss import PLAIN_TAIL, HeadLoss, Tail
 from lmlab.records import PackedBatch
@@ -114,7 +114,7 @@ def _inputs(batch: PackedBatch) -> dict[str, Any]:
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     if batch.cu_seqlens is not None:
         arguments["position_ids"] = batch.position_ids
-        arguments["lmlab_documents"] = document_groups(batch.cu_seqlens, batch.input_ids.device)
+        arguments["lmlab_documents"] = Documents(batch.cu_seqlens, batch.input_ids.device)
     return arguments
 
 
