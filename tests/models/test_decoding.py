@@ -28,7 +28,12 @@ STORAGE: dict[str, Callable[[Any], None]] = {
 
 def base(kind: str = "llama") -> Any:
     torch.manual_seed(0)
-    shape = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = (
         hf.GPT2Config(**shape, n_positions=64, bos_token_id=None, eos_token_id=None)
         if kind == "gpt2"

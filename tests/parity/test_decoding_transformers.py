@@ -138,7 +138,12 @@ def test_against_transformers_over_quantized_and_adapted_bases(
 
 
 def test_lengths_that_change_the_angles_are_read_in_one_piece() -> None:
-    shape = {"vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 1,
+    }
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     config = hf.LlamaConfig(**shape, intermediate_size=32, rope_parameters=rope)
     assert decode._cost_of_one_more(hf.LlamaForCausalLM(config), torch.device("cpu")) > 1 << 30

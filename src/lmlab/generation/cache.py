@@ -20,6 +20,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 GROW = 256
 """Columns are allocated in steps of this many: a row that ends early costs no more than it used."""
 
+ALIGNED = 64
+"""Columns are a multiple of this: attention kernels on GPUs want their masks aligned."""
+
 
 class FilledLayer(CacheLayerMixin):
     """One layer's keys ``[rows, kv_heads, columns, d]`` and values, of which a part is in use.
@@ -38,7 +41,7 @@ class FilledLayer(CacheLayerMixin):
 
     def __init__(self, *, num_rows: int, columns: int, window: int | None) -> None:
         super().__init__()
-        self.num_rows, self.columns, self.window = num_rows, columns, window
+        self.num_rows, self.columns, self.window = num_rows, -(-columns // ALIGNED) * ALIGNED, window
         self.is_sliding = window is not None
         self.rows, self.base, self.filled = slice(0, num_rows), 0, 0
         self.column: torch.Tensor | None = None
@@ -84,7 +87,7 @@ class FilledLayer(CacheLayerMixin):
         if columns <= self.columns or self.keys is None or self.values is None:
             self.columns = max(self.columns, columns)
             return
-        self.columns = max(columns + GROW, self.columns + self.columns // 2)
+        self.columns = -(-max(columns + GROW, self.columns + self.columns // 2) // ALIGNED) * ALIGNED
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(self.num_rows, old.shape[1], self.columns, old.shape[3])

@@ -4,15 +4,16 @@ The prompts are left-padded into one batch, read once into the model's own key-v
 one token per forward pass; a row that is finished leaves the batch and the cache. Each row draws with its own
 generator by inverting the cumulative distribution at one uniform number per token, so its text depends on its seed,
 not on its neighbours and not on the global random state, which is never touched. Trade-off against transformers'
-``generate``: none of its other modes (beams, assisted decoding, static cache), in exchange for per-row seeds, per-row
-stop reasons and rows that cost nothing once finished. Neighbours still change matrix shapes, hence the last bits of
+``generate``: none of its other modes (beams, assisted decoding), in exchange for per-row seeds, per-row stop reasons,
+prompts that are not padded to the longest of all and rows that cost nothing once finished. On a GPU the one-token steps
+run as a CUDA graph (`graphs`). Neighbours still change matrix shapes, hence the last bits of
 the logits: two tokens tied to within that rounding can swap.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +26,7 @@ from lmlab.records import RunFailedError, UserError
 
 if TYPE_CHECKING:
     from lmlab.generation.cache import FilledLayer
+    from lmlab.generation.graphs import StaticSteps
 
 StopReason = Literal["eos", "length", "context"]
 
@@ -92,11 +94,7 @@ def generate(
 
 def context_length(model: nn.Module) -> int | None:
     """How many positions the model was made for (``max_position_embeddings``), or None if its config has no limit."""
-    config = getattr(_causal_lm(model), "config", None)
-    if config is None:
-        return None
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text_config, "max_position_embeddings", None)
+    return getattr(_text_config(_causal_lm(model)), "max_position_embeddings", None)
 
 
 @dataclass
@@ -125,6 +123,7 @@ class _Batch:
         self, model: nn.Module, prompts: Sequence[Sequence[int]], *, rows: list[_Row], pad_token_id: int
     ) -> None:
         from lmlab.generation.cache import GROW, filled_cache, filled_layers
+        from lmlab.generation.graphs import StaticSteps, serves
 
         self.model = model
         # Longest first, so that rows of similar length are neighbours and can be read together.
@@ -140,10 +139,17 @@ class _Batch:
         self.ids, self.mask = ids.to(self.device), mask.to(self.device)
         causal_lm = _causal_lm(model)
         self._accepted = inspect.signature(causal_lm.forward).parameters.keys()
-        new = min(max(row.room for row in rows), GROW)
+        new = max(row.room for row in rows)
         caches = "past_key_values" in self._accepted
-        self.cache: Any = filled_cache(causal_lm, num_rows=len(rows), columns=width + new) if caches else None
+        self.cache: Any = (
+            filled_cache(causal_lm, num_rows=len(rows), columns=width + min(new, GROW)) if caches else None
+        )
         self._unread = filled_layers(self.cache)
+        self._static: StaticSteps | None = None
+        if _wants_static(causal_lm, self.device) and serves(
+            causal_lm, self.cache, self._accepted, num_steps=new
+        ):
+            self._static = StaticSteps(self._call, self._unread, capture=self.device.type == "cuda")
 
     def logits(self) -> torch.Tensor:
         """One forward pass: fp32 ``[lines, vocab]`` at the last position.
@@ -154,22 +160,26 @@ class _Batch:
             layers, self._unread = self._unread, []
             return self._read_prompts(layers)
         fresh = self.ids.shape[1] if self.cache is None else 1
-        return self._forward(self.ids[:, -fresh:], self.mask, fresh)
+        if self._static is None or self._static.failed:
+            return self._forward(self.ids[:, -fresh:], self.mask, fresh)
+        return self._static.logits(self.ids, self.mask, lambda: self._forward(self.ids[:, -1:], self.mask, 1))
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, fresh: int) -> torch.Tensor:
         positions = (
             (mask.cumsum(-1) - 1).clamp(min=0)[:, -fresh:] if fresh > 1 else mask.sum(-1, keepdim=True) - 1
         )
-        optional: dict[str, Any] = {
-            "position_ids": positions.clamp(min=0),
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions.clamp(min=0)}
+        return self._call(given)
+
+    def _call(self, given: Mapping[str, Any]) -> torch.Tensor:
+        """The model on these arguments, as far as it takes them: fp32 logits of the last position."""
+        optional = {
             "past_key_values": self.cache,
             "use_cache": "past_key_values" in self._accepted,
             "logits_to_keep": 1,
         }
         output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            **{name: value for name, value in optional.items() if name in self._accepted},
+            **{name: value for name, value in (*given.items(), *optional.items()) if name in self._accepted}
         )
         self.cache = getattr(output, "past_key_values", None)
         return output.logits[:, -1].float()
@@ -189,7 +199,10 @@ class _Batch:
     def append(self, tokens: torch.Tensor) -> None:
         """Add one token ``[lines]`` to each row; finished rows leave, or stay masked if the cache cannot drop them."""
         lines = [line for line, row in enumerate(self.rows) if row.live]
-        if len(lines) < len(self.rows) and _can_drop(self.cache):
+        # A graph holds the number of rows: it is recorded anew only once half of them can leave.
+        is_static = self._static is not None and not self._static.failed
+        enough = len(lines) <= len(self.rows) // 2 if is_static else len(lines) < len(self.rows)
+        if enough and _can_drop(self.cache):
             # The last rows move into the places of those that leave: most of the cache stays where it is.
             behind = [line for line in lines if line >= len(lines)]
             order = [line if self.rows[line].live else behind.pop() for line in range(len(lines))]
@@ -274,6 +287,17 @@ def _cost_of_one_more(model: nn.Module, device: torch.device) -> int:
         return 4096
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return 64 + round(1.5e8 / max(1, parameters))  # 3 ms at 100 GFLOP/s
+
+
+def _wants_static(model: nn.Module, device: torch.device) -> bool:
+    """Static steps pay where launching a kernel takes longer than running it."""
+    rope = getattr(_text_config(model), "rope_parameters", None)
+    return device.type == "cuda" and not _rope_follows_length(rope)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config  # pyright: ignore
 
 
 def _rope_follows_length(parameters: Any) -> bool:
