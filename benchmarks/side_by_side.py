@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -125,6 +126,9 @@ def _execute(
             preexec_fn=lambda: os.sched_setaffinity(0, machine.cores),
         )
         peak, stopped = 0.0, False
+        before = signal.signal(
+            signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+        )  # the child goes too
         try:
             while process.poll() is None:
                 peak = max(peak, status_gb("VmHWM", process.pid))
@@ -136,6 +140,7 @@ def _execute(
             if process.poll() is None:
                 process.kill()
                 process.wait()
+            signal.signal(signal.SIGTERM, before)
         seconds = time.perf_counter() - began
         if process.returncode and not stopped:
             said.seek(0)
@@ -197,9 +202,8 @@ class Spread:
 
     def text(self, digits: int) -> str:
         """``median (min to max)``, or the median alone where all are equal."""
-        if self.low == self.high:
-            return f"{self.median:.{digits}f}"
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        middle, low, high = (f"{value:.{digits}f}" for value in (self.median, self.low, self.high))
+        return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def spread(runs: Sequence[Mapping[str, Any]], figure: str) -> Spread | None:
