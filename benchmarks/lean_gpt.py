@@ -10,7 +10,6 @@ the loop. Size and settings are nanoGPT's CPU ones: 4 layers, 4 heads, 128 wide,
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from side_by_side import write_figures
 from torch import nn
 
 
@@ -161,7 +161,7 @@ def train(
 
 
 def main() -> None:
-    """Print the figures as one line of JSON."""
+    """Print the figures, or hand them to the harness."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("--steps", type=int, default=2000)
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--val-every", type=int, default=0)
     told = parser.parse_args()
     text = told.text.read_text(encoding="utf-8")
-    print(json.dumps(train(text, steps=told.steps, seed=told.seed, val_every=told.val_every)))
+    write_figures(train(text, steps=told.steps, seed=told.seed, val_every=told.val_every))
 
 
 if __name__ == "__main__":

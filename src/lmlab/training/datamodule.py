@@ -1,7 +1,14 @@
-"""Loaders over prepared rows: endless ordered micro-batches for training, each row once for validation."""
+"""Loaders over prepared rows: endless ordered micro-batches for training, each row once for validation.
+
+Training batches are made ahead in one thread: it works while matrix products and a GPU's kernels run, which hold no
+interpreter lock. Worker processes (``trainer.num_workers``) pay where making a batch takes longer than a step.
+"""
 
 from __future__ import annotations
 
+import queue
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +20,55 @@ from lmlab.data.packing import collate_flat, collate_padded
 from lmlab.data.prepared import PreparedData
 from lmlab.records import PackedBatch
 from lmlab.training.options import TrainerConfig
+
+
+class MadeAhead(Iterable[Any]):
+    """The items of an iterable, in its order, made in a thread ahead of their use; what it raises is raised here.
+
+    Args:
+        source: may be without end.
+        depth: how many items wait at most.
+    """
+
+    def __init__(self, source: Iterable[Any], *, depth: int = 2) -> None:
+        self.source, self.depth = source, depth
+
+    def __iter__(self) -> Iterator[Any]:
+        waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(self.depth)
+        left = threading.Event()
+
+        def put(is_item: bool, item: Any) -> None:
+            while not left.is_set():
+                try:
+                    return waiting.put((is_item, item), timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def make() -> None:
+            try:
+                for item in self.source:
+                    put(True, item)
+                    if left.is_set():
+                        return
+            except BaseException as error:
+                put(False, error)
+            else:
+                put(False, None)
+
+        thread = threading.Thread(target=make, name="batches", daemon=True)
+        thread.start()
+        try:
+            while True:
+                is_item, item = waiting.get()
+                if is_item:
+                    yield item
+                elif item is None:
+                    return
+                else:
+                    raise item
+        finally:  # also when the consumer goes away in the middle
+            left.set()
+            thread.join()
 
 
 class LMDataModule(LightningDataModule):
@@ -34,7 +90,7 @@ class LMDataModule(LightningDataModule):
         self.collate = collate_flat if flat else collate_padded
         self.start_step = 0
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Iterable[PackedBatch]:
         """Endless; its position is the trainer's optimizer step, so that resuming needs no other state."""
         assert self.trainer is not None
         batches = StepBatches(
@@ -45,7 +101,8 @@ class LMDataModule(LightningDataModule):
             world_size=self.trainer.world_size,
             start_step=self.start_step,
         )
-        return self._loader(self.train_rows, batches)
+        loader = self._loader(self.train_rows, batches)
+        return loader if self.options.num_workers else MadeAhead(loader)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """This rank's share of the validation rows."""
