@@ -122,7 +122,7 @@ class Suite:
         initial_adapter(self.folder, "lora")
         self.gate("lora")
         families = [[self.own("lora", size) for size in self.options.batch_sizes]]
-        for layout in TRL_LAYOUTS:
+        for layout in self.options.layouts.split(","):
             families.append([self.peer("trl", layout, "lora", size) for size in self.options.batch_sizes])
         families.append([self.peer("hf", "padded", "lora", size) for size in self.options.batch_sizes])
         self.timed("lora", self.at_their_best("lora", families))
@@ -198,12 +198,17 @@ def table(runs: Runs) -> str:
             cells.append(made.text(digits) if made else "stopped at its limit")
         ratio = paired_ratio(runs[first], some, "tokens_per_second")
         cells.append(ratio.text(2) if ratio and name != first else "")
-        for key in ("peak_rss_gb", "rss_growth_gb", "share_of_limit"):
+        for key in ("peak_rss_gb", "rss_growth_gb"):
             made = spread(some, key)
             cells.append(made.text(2) if made else "")
+        ratio = paired_ratio(runs[first], some, "peak_rss_gb")
+        cells.append(ratio.text(2) if ratio and name != first else "")
+        limit = spread(some, "share_of_limit")
+        cells.append(limit.text(2) if limit else "")
         rows.append(cells)
     header = ("", "tokens/s", "supervised tokens/s", f"{first} is faster by", "peak RSS GB")
-    return markdown((*header, "RSS over imports GB", "share of the GEMM limit"), rows)
+    more = ("RSS over imports GB", f"peak RSS of {first} over it", "share of the GEMM limit")
+    return markdown((*header, *more), rows)
 
 
 def main() -> int:
@@ -221,6 +226,7 @@ def main() -> int:
         default=f"{NUM_ROWS_BEFORE}:{NUM_ROWS_BEFORE + NUM_ROWS_TIMED}",
         help="the timed rows, first:end, those before them being the warm-up; fewer for a trial",
     )
+    parser.add_argument("--layouts", default=",".join(TRL_LAYOUTS), help="of TRL, in the LoRA suite")
     parser.add_argument("--gate-steps", type=int, default=6)
     parser.add_argument("--gate-batch-size", type=int, default=8)
     parser.add_argument(
