@@ -95,7 +95,8 @@ def test_against_transformers_greedy_with_graphs(name: str, capsys: Any) -> None
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mixtral", "lfm2", "mamba"])
 def test_what_cannot_be_captured_decodes_without(name: str) -> None:
-    model = random_model(name, **({"layer_types": ["conv", "full_attention"]} if name == "lfm2" else {}))
+    changes: dict[str, Any] = {"layer_types": ["conv", "full_attention"]} if name == "lfm2" else {}
+    model = random_model(name, **changes)
     check(model.eval().cuda(), [])
 
 

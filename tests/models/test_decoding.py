@@ -164,11 +164,14 @@ def test_an_exception_puts_everything_back() -> None:
     STORAGE["nf4"](model)
     model = adapted(model).train()
     before = state(model)
-    ready = ready_to_decode(model, compute_dtype=torch.float32, num_steps=64)
-    assert ready.__enter__().dense_layers
-    assert state(model) != before
+
+    def interrupted() -> None:
+        with ready_to_decode(model, compute_dtype=torch.float32, num_steps=64) as ready:
+            assert ready.dense_layers
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        ready.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        interrupted()
     assert state(model) == before
 
 
