@@ -22,11 +22,14 @@ from lmlab.journal import RunDir, read_json, write_json
 from lmlab.records import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from lmlab.config.schema import RunConfig
     from lmlab.generation.text import TextGenerator
     from lmlab.models.build import Pretrained
     from lmlab.models.hardware import Hardware
     from lmlab.models.memory import MemoryMeter
+    from lmlab.models.quantize import QuantConfig
     from lmlab.training.options import OptimConfig
 
 
@@ -40,6 +43,7 @@ class BuiltModel:
         prompting: from a question of one's own to what the model is given.
         save_weights: writes ``adapter/`` or ``model/`` into the folder it is given.
         figures: parameters and stored bits, for summary.json.
+        policy: (what, choice) of all that follows from the machine, for the table at the start.
     """
 
     model: Any
@@ -49,6 +53,7 @@ class BuiltModel:
     prompting: Prompting
     save_weights: Callable[[Path], None]
     figures: dict[str, Any]
+    policy: list[tuple[str, str]]
 
 
 def build_for_training(
@@ -65,7 +70,7 @@ def build_for_training(
 
     from lmlab.models.adapters import count_parameters
     from lmlab.models.attention import use_packed_attention
-    from lmlab.models.build import build_model
+    from lmlab.models.build import build_model, compile_layers
     from lmlab.models.probe import supports_flat
     from lmlab.models.quantize import linear_storage, stored_bytes
     from lmlab.tokenizers import load_tokenizer, rows_needed
@@ -75,7 +80,11 @@ def build_for_training(
     tokenizer = load_tokenizer(run.tokenizer)
     hf_config = config.model.hf_config(rows_needed(tokenizer), eos_token_id=eos_id(tokenizer))
     model = build_model(
-        config.model, hf_config, seed=config.seed, dtype=config.quant.load_dtype, device=hardware.device
+        config.model,
+        hf_config,
+        seed=config.seed,
+        dtype=_load_dtype(config.quant, hardware),
+        device=hardware.device,
     )
     base_path, fingerprint = _freeze_base(run, config, model, tokenizer, hardware, say)
     storage = linear_storage(model)
@@ -95,7 +104,7 @@ def build_for_training(
     model.to(hardware.device)
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes alone: dropout would never act
     if config.trainer.compile:
-        model.compile(dynamic=True)  # in place, so that parameter names stay as they are
+        compile_layers(model)
     meter.start(None)
     info = weights_info(run, config, tokenizer, base_path=base_path, fingerprint=fingerprint)
     prompting = _prompting(info, tokenizer)
@@ -103,14 +112,21 @@ def build_for_training(
     if prompting.render_chat is not None and generation_config is not None:
         # A full model's is saved with it: others stop there too.
         generation_config.eos_token_id = sorted(generator.eos_token_ids)
+    optim = _effective_optim(config, hardware, say)
     return BuiltModel(
         model,
         flat=flat,
-        optim=_effective_optim(config, hardware, say),
+        optim=optim,
         generator=generator,
         prompting=prompting,
         save_weights=lambda folder: save_weights(model, tokenizer, folder, base_path=base_path, info=info),
         figures=figures,
+        policy=hardware.table(
+            flat=flat,
+            checkpointing=config.model.gradient_checkpointing,
+            compiled=config.trainer.compile,
+            optimizer=optim.name,
+        ),
     )
 
 
@@ -142,8 +158,22 @@ def _freeze_base(
         if int(os.environ.get("RANK", "0")) == 0:
             model.save_pretrained(run.base)
             tokenizer.save_pretrained(run.base)
-    config.quant.apply(model, compute_dtype=hardware.compute_dtype)
+    _store(model, config.quant, hardware)
     return base_path, fingerprint
+
+
+def _load_dtype(quant: QuantConfig, hardware: Hardware) -> torch.dtype:
+    """16 bits at once where all of the base ends in them: half the memory of loading."""
+    return quant.load_dtype if hardware.mixed or quant.kind == "fp16" else hardware.compute_dtype
+
+
+def _store(model: Any, quant: QuantConfig, hardware: Hardware) -> None:
+    """The frozen base as ``quant`` stores it; the rest of it in the compute type where that is 16 bits throughout."""
+    from lmlab.models.hardware import move_rest_to
+
+    quant.apply(model, compute_dtype=hardware.compute_dtype)
+    if not hardware.mixed:
+        move_rest_to(model, hardware.compute_dtype)
 
 
 def _is_tied(model: Any) -> bool:
@@ -212,7 +242,7 @@ def _text_generator(
             stack.enter_context(
                 ready_to_decode(model, compute_dtype=hardware.compute_dtype, num_steps=num_steps)
             )
-            if hardware.precision != "fp32":
+            if hardware.autocast:
                 stack.enter_context(torch.autocast(hardware.device.type, dtype=hardware.compute_dtype))
             yield
 
@@ -304,9 +334,10 @@ def load_for_use(name_or_path: str, *, accelerator: str = "auto", use_best: bool
     from lmlab.models.hardware import choose_hardware
 
     disable_progress_bar()
-    hardware = choose_hardware(accelerator, "auto")
     path = _weights_folder(Path(name_or_path), use_best=use_best)
     info = read_json(path / "lmlab.json") if path is not None else {}
+    storage = (info.get("quant") or {}).get("kind") if info.get("base_fingerprint") else None
+    hardware = choose_hardware(accelerator, "auto", frozen_storage=storage)
     if path is not None and (path / "adapter_config.json").is_file():
         model, tokenizer, generation_config = _load_adapter(path, info, hardware)
     else:
@@ -360,6 +391,7 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
     from peft import PeftModel
 
     from lmlab.models.build import base_fingerprint, build_model
+    from lmlab.models.lora import use_fused_lora
     from lmlab.models.quantize import quants
     from lmlab.models.vocabulary import grow_embeddings, use_token_rows
     from lmlab.tokenizers import load_tokenizer, rows_needed
@@ -373,7 +405,11 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
     quant = info.get("quant") or {"kind": "none"}
     quant_config: Any = quants.class_of(quant["kind"]).model_validate(quant)
     model = build_model(
-        about, about.hf_config(None), seed=0, dtype=quant_config.load_dtype, device=hardware.device
+        about,
+        about.hf_config(None),
+        seed=0,
+        dtype=_load_dtype(quant_config, hardware),
+        device=hardware.device,
     )
     expected = info.get("base_fingerprint")
     if expected and base_fingerprint(model) != expected:
@@ -385,7 +421,8 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
     generation_config = model.generation_config
     tokenizer = load_tokenizer(path)
     grow_embeddings(model, rows_needed(tokenizer), seed=0)  # what they hold comes from the adapter
-    quant_config.apply(model, compute_dtype=hardware.compute_dtype)
+    _store(model, quant_config, hardware)
     adapted = PeftModel.from_pretrained(model, path)
     use_token_rows(adapted)
+    use_fused_lora(adapted)
     return adapted, tokenizer, generation_config

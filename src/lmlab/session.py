@@ -87,7 +87,8 @@ class Session:
         config = self.config
         prepared = PreparedData.load(Path(read_json(self.run.info)["prepared"]))
         precision = mixed_precision_instead(config) or config.trainer.precision
-        hardware = choose_hardware(config.trainer.accelerator, precision)
+        storage = config.quant.kind if config.adapter.freezes_base else None
+        hardware = choose_hardware(config.trainer.accelerator, precision, frozen_storage=storage)
         torch.manual_seed(config.seed + self.rank)
         meter = self.meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
         built = build_for_training(
@@ -268,11 +269,8 @@ class Session:
                 f"{max_steps} of {config.trainer.rows_per_step} {'windows' if prepared.meta['stream'] else 'packed rows' if prepared.packed else 'examples'}"
                 + (f" ({world_size(config)} ranks)" if world_size(config) > 1 else ""),
             ),
-            (
-                "compute",
-                f"{hardware.device.type}, {hardware.precision} ({hardware.reason}), {built.optim.name} lr {built.optim.lr:g} {built.optim.schedule}",
-            ),
-            ("layout", "flat rows, packed attention" if built.flat else "rectangular rows"),
+            ("optimizer", f"{built.optim.name}, lr {built.optim.lr:g}, {built.optim.schedule}"),
+            *built.policy,
             ("output", os.path.relpath(self.run.path)),
         ]
         table = Table(show_header=False, box=None, pad_edge=False)

@@ -82,6 +82,7 @@ class Lora(AdapterConfig):
         import torch
         from peft import LoraConfig, TaskType, get_peft_model
 
+        from lmlab.models.lora import use_fused_lora
         from lmlab.models.vocabulary import token_row_targets, use_token_rows
 
         config = LoraConfig(
@@ -107,6 +108,7 @@ class Lora(AdapterConfig):
                     fix="use all-linear or names of its linear layers",
                 ) from error
         use_token_rows(adapted)
+        use_fused_lora(adapted)
         return adapted
 
 

@@ -318,6 +318,23 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
 
+def compile_layers(model: Any) -> int:
+    """torch.compile each decoder layer by itself, in place; how many. Names of parameters stay as they are.
+
+    One graph serves all layers of a kind (compiled once), lengths are dynamic, and head, loss and the gathering of
+    documents stay outside, where shapes follow the data.
+    """
+    from torch import nn
+
+    lists = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "self_attn")
+    ]
+    lists += [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and hasattr(m[0], "attn")]
+    for layer in (layer for layers in lists for layer in layers):
+        layer.compile(dynamic=True)
+    return sum(map(len, lists))
+
+
 def base_fingerprint(model: PreTrainedModel) -> dict[str, str]:
     """What an adapter remembers of its base: a hash of the config and of the weights, before quantization.
 
@@ -327,7 +344,8 @@ def base_fingerprint(model: PreTrainedModel) -> dict[str, str]:
     digest = hashlib.sha256()
     for parameter in model.parameters():
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)]
-        digest.update(values.float().cpu().numpy().tobytes())
+        # Rounded to bf16, as a base may be loaded in it: the same base on every machine.
+        digest.update(values.bfloat16().float().cpu().numpy().tobytes())
     config = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
     return {
         "config": hashlib.sha256(config.encode()).hexdigest()[:16],

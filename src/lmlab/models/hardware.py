@@ -20,11 +20,14 @@ class Hardware:
         device: where this rank computes.
         precision: ``fp32``, ``bf16`` or ``fp16`` products.
         reason: why this precision, for the table at the start.
+        mixed: 16-bit products by autocast over fp32 weights. False: the frozen base lies in the compute type as a
+            whole, activations too, and only the trained adapter is fp32; no cast of a weight in any step.
     """
 
     device: torch.device
     precision: str
     reason: str
+    mixed: bool = True
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -32,13 +35,51 @@ class Hardware:
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     @property
+    def autocast(self) -> bool:
+        """Whether products need an autocast region to be in 16 bits."""
+        return self.precision != "fp32" and self.mixed
+
+    @property
     def lightning_precision(self) -> str:
-        """Lightning's name for it: weights stay fp32, products go to 16 bits by autocast."""
-        return {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.precision]
+        """Lightning's name for it: weights stay as they are, products go to 16 bits by autocast if at all."""
+        if not self.autocast:
+            return "32-true"
+        return {"bf16": "bf16-mixed", "fp16": "16-mixed"}[self.precision]
+
+    def table(
+        self, *, flat: bool, checkpointing: bool, compiled: bool, optimizer: str
+    ) -> list[tuple[str, str]]:
+        """(what, choice and the key that changes it) of all that follows from the machine, for the start of a run."""
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"{torch.get_num_threads()} threads"
+        products = f"{self.precision} products"
+        if self.precision != "fp32":
+            products += ", fp32 weights" if self.mixed else ", base and activations too"
+        kernel = "variable-length flash" if cuda and self.precision != "fp32" else "SDPA by length"
+        attention = f"packed documents, {kernel}" if flat else "padded or full rows, SDPA"
+        fused = optimizer == "adamw" and self.precision != "fp16"
+        return [
+            (
+                "device",
+                f"{self.device.type}, {name} (trainer.accelerator{'' if cuda else ', OMP_NUM_THREADS'})",
+            ),
+            ("precision", f"{products}: {self.reason} (trainer.precision)"),
+            ("attention", f"{attention} (data.packing)"),
+            ("head, loss", "supervised positions only, in chunks"),
+            ("memory", f"checkpointing {'on' if checkpointing else 'off'} (model.gradient_checkpointing)"),
+            (
+                "kernels",
+                f"compiled layers {'on' if compiled else 'off'} (trainer.compile), fused LoRA, {'fused ' if fused else ''}{optimizer}",
+            ),
+        ]
 
 
-def choose_hardware(accelerator: str, precision: str) -> Hardware:
+def choose_hardware(accelerator: str, precision: str, *, frozen_storage: str | None = None) -> Hardware:
     """Device and precision from ``trainer.accelerator`` and ``trainer.precision``.
+
+    Args:
+        frozen_storage: how a frozen base is stored (``quant.kind``), None if it is trained. A base that is stored in
+            few bits anyway keeps its other weights in bf16 where bf16 is what products are made in.
 
     Raises:
         UserError: a GPU was asked for and there is none.
@@ -52,12 +93,26 @@ def choose_hardware(accelerator: str, precision: str) -> Hardware:
     on_gpu = has_gpu and accelerator != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
     if precision != "auto":
-        return Hardware(device, precision, "as configured")
-    if on_gpu and torch.cuda.is_bf16_supported():
-        return Hardware(device, "bf16", "the GPU has bf16")
-    if not on_gpu and _has_amx():
-        return Hardware(device, "bf16", "the CPU has AMX tiles")
-    return Hardware(device, "fp32", "no fast bf16 here")
+        reason = "as configured"
+    elif on_gpu and torch.cuda.is_bf16_supported():
+        precision, reason = "bf16", "the GPU has bf16"
+    elif not on_gpu and _has_amx():
+        precision, reason = "bf16", "the CPU has AMX tiles"
+    else:
+        precision, reason = "fp32", "no fast bf16 here"
+    # fp16 needs its loss scale, which Lightning ties to autocast.
+    mixed = not (precision == "bf16" and frozen_storage not in (None, "none"))
+    return Hardware(device, precision, reason, mixed)
+
+
+def move_rest_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Every floating parameter of a frozen base that is still fp32 (embeddings, head, norms) in ``dtype``, in place.
+
+    A tied head stays tied: the parameter is the same object. Quantized weights and their scales are not touched.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
 
 
 def quiet_libraries() -> None:

@@ -81,7 +81,7 @@ def loss_sum(model: Any, batch: PackedBatch, loss: LossConfig = NLL) -> torch.Te
     base = base_model(model)
     tail = _tail(base)
     if tail is None:
-        return loss.total(*_own_logits(model, batch))
+        return loss.total(*own_logits(model, batch))
     labels = batch.labels.flatten()[batch.supervised_index]
     hidden = _supervised_hidden(base, batch)
     kernel = HeadLoss(loss.label_smoothing, loss.z_loss) if type(loss) is CrossEntropy else loss.total
@@ -93,7 +93,7 @@ def supervised_logits(model: Any, batch: PackedBatch) -> Supervised:
     base = base_model(model)
     tail = _tail(base)
     if tail is None:
-        return _own_logits(model, batch)
+        return own_logits(model, batch)
     hidden = _supervised_hidden(base, batch)
     logits = tail(linear_loss.head_output(base.get_output_embeddings(), hidden).float())
     return Supervised(logits, batch.labels.flatten()[batch.supervised_index])
@@ -129,7 +129,7 @@ def _supervised_hidden(base: Any, batch: PackedBatch) -> torch.Tensor:
     )
 
 
-def _own_logits(model: Any, batch: PackedBatch) -> Supervised:
+def own_logits(model: Any, batch: PackedBatch) -> Supervised:
     """As the model itself makes them; ``logits_to_keep`` takes positions of one row only."""
     labels = batch.labels.flatten()[batch.supervised_index]
     keep = {"logits_to_keep": batch.supervised_index} if len(batch.input_ids) == 1 else {}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lmlab.models.attention import NAME, packed_attention, register
-from lmlab.models.head import supervised_logits
+from lmlab.models.head import own_logits
 from lmlab.records import PackedBatch, UserError
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _packed(model: Any, batch: PackedBatch) -> tuple[torch.Tensor, int]:
 
     AttentionInterface.register(NAME, counted)
     try:
-        return supervised_logits(model, batch).logits, calls
+        return own_logits(model, batch).logits, calls
     finally:
         AttentionInterface.register(NAME, packed_attention)
 

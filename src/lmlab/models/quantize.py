@@ -126,6 +126,7 @@ def _bitsandbytes() -> Any:
 
 
 def int8_class() -> Any:
+    """bitsandbytes' 8-bit linear layer with the weight-only product; a function, as bitsandbytes is imported late."""
     bnb = _bitsandbytes()
 
     class WeightOnlyLinear8bit(bnb.nn.Linear8bitLt):

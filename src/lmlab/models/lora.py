@@ -1,0 +1,111 @@
+"""PEFT's LoRA layers with one fused product: the same parameters, names and files, fewer passes over memory.
+
+PEFT's own forward makes the base's result, clones it, casts the input, multiplies twice, scales, adds and casts back;
+each step reads and writes ``[tokens, width]`` once more, and autograd keeps what it needs of each. Here the update is
+added in place by the product itself and the backward pass keeps the input and a ``[tokens, rank]`` matrix; the frozen
+weight is read from its storage (16 bits, int8, 4 bits) and never gets a gradient. As in Unsloth's and Axolotl's
+kernels, in plain torch. What is not plain LoRA (DoRA, several active adapters, merged, a bias on B) goes PEFT's way.
+
+LoRA: arXiv 2106.09685, equation 3; QLoRA: arXiv 2305.14314, equation 5.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from lmlab.models.quantize import dense_weight, is_dense
+
+
+def use_fused_lora(model: nn.Module) -> int:
+    """Switch every LoRA layer over a linear layer to the fused product, in place; how many.
+
+    A layer keeps its class's name, parameters and PEFT's methods (merge, save, disable); only forward is another.
+    """
+    switched = 0
+    for module in list(model.modules()):
+        if (
+            not isinstance(module, LoraLayer)
+            or isinstance(module, FusedLora)
+            or not isinstance(module, nn.Module)
+        ):
+            continue
+        if is_dense(module.get_base_layer()):
+            own = type(module)
+            module.__class__ = type(own.__name__, (FusedLora, own), {"__module__": own.__module__})
+            switched += 1
+    return switched
+
+
+class FusedLora:
+    """Mixed in before PEFT's layer class; see `use_fused_lora`."""
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[..., in] -> [..., out]``."""
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        plain = (
+            name in self.lora_A
+            and not (self.disable_adapters or self.merged or args or kwargs)
+            and name not in self.lora_variant
+            and not self.lora_bias[name]
+        )
+        if not plain:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        base, dropout = self.get_base_layer(), self.lora_dropout[name]
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return super().forward(x)  # type: ignore[misc]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _FusedLoraLinear.apply(x, a, b, base, float(self.scaling[name]), p)  # type: ignore[return-value]
+
+
+class _FusedLoraLinear(torch.autograd.Function):
+    """``y = x W^T + bias + scale * drop(x) A^T B^T`` with W frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, base: nn.Module, scale: float, p: float
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        bias: Any = base.bias
+        weight = dense_weight(base, x.dtype)
+        if bias is None:
+            y = flat @ weight.t()
+        else:
+            y = torch.addmm(bias.to(x.dtype), flat, weight.t())
+        del weight
+        dropped, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
+        inner = dropped @ a.to(x.dtype).t()
+        y.addmm_(inner, b.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(flat, inner, a, b, mask)
+        ctx.base, ctx.scale, ctx.p, ctx.shape = base, scale, p, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, inner, a, b, mask = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
+        keep = 1.0 if ctx.p == 1 else 1 / (1 - ctx.p)
+        grad_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
+        grad_x = grad_a = grad_b = None
+        if wants_b:
+            grad_b = (grad.t() @ inner).mul_(ctx.scale).to(b.dtype)
+        if wants_a:
+            dropped = x if mask is None else (x * mask).mul_(keep)
+            grad_a = (grad_inner.t() @ dropped).to(a.dtype)
+        if wants_x:
+            grad_x = grad @ dense_weight(ctx.base, grad.dtype)
+            if mask is None:
+                grad_x.addmm_(grad_inner, a.to(grad.dtype))
+            else:
+                grad_x.add_((grad_inner @ a.to(grad.dtype)).mul_(mask).mul_(keep))
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, grad_a, grad_b, None, None, None
