@@ -22,8 +22,6 @@ from lmlab.journal import RunDir, read_json, write_json
 from lmlab.records import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from lmlab.config.schema import RunConfig
     from lmlab.generation.text import TextGenerator
     from lmlab.models.build import Pretrained
@@ -71,8 +69,9 @@ def build_for_training(
     from lmlab.models.adapters import count_parameters
     from lmlab.models.attention import use_packed_attention
     from lmlab.models.build import build_model, compile_layers
+    from lmlab.models.fused import use_fused_layers
     from lmlab.models.probe import supports_flat
-    from lmlab.models.quantize import linear_storage, stored_bytes
+    from lmlab.models.quantize import linear_storage, load_dtype, stored_bytes
     from lmlab.tokenizers import load_tokenizer, rows_needed
 
     meter.start("load")
@@ -83,7 +82,7 @@ def build_for_training(
         config.model,
         hf_config,
         seed=config.seed,
-        dtype=_load_dtype(config.quant, hardware),
+        dtype=load_dtype(config.quant, hardware.compute_dtype, mixed=hardware.mixed),
         device=hardware.device,
     )
     base_path, fingerprint = _freeze_base(run, config, model, tokenizer, hardware, say)
@@ -93,6 +92,8 @@ def build_for_training(
         "model/base_bytes": stored_bytes(model),
         "model/base_bits_per_param": sum(layer.bits for layer in storage) / max(1, params),
     }
+    if hardware.device.type == "cuda":  # on a CPU products are nearly all of the time, and it gains nothing
+        use_fused_layers(model)
     standard = str(model.config._attn_implementation)
     generation_config = getattr(model, "generation_config", None)
     model = config.adapter.apply(model, seed=config.seed, **_token_rows(config, tokenizer))
@@ -160,11 +161,6 @@ def _freeze_base(
             tokenizer.save_pretrained(run.base)
     _store(model, config.quant, hardware)
     return base_path, fingerprint
-
-
-def _load_dtype(quant: QuantConfig, hardware: Hardware) -> torch.dtype:
-    """16 bits at once where all of the base ends in them: half the memory of loading."""
-    return quant.load_dtype if hardware.mixed or quant.kind == "fp16" else hardware.compute_dtype
 
 
 def _store(model: Any, quant: QuantConfig, hardware: Hardware) -> None:
@@ -392,7 +388,7 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
 
     from lmlab.models.build import base_fingerprint, build_model
     from lmlab.models.lora import use_fused_lora
-    from lmlab.models.quantize import quants
+    from lmlab.models.quantize import load_dtype, quants
     from lmlab.models.vocabulary import grow_embeddings, use_token_rows
     from lmlab.tokenizers import load_tokenizer, rows_needed
 
@@ -408,7 +404,7 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
         about,
         about.hf_config(None),
         seed=0,
-        dtype=_load_dtype(quant_config, hardware),
+        dtype=load_dtype(quant_config, hardware.compute_dtype, mixed=hardware.mixed),
         device=hardware.device,
     )
     expected = info.get("base_fingerprint")

@@ -58,6 +58,7 @@ def planned_run(
     """What the plan needs of a config."""
     import torch
 
+    from lmlab.models.hardware import is_mixed
     from lmlab.models.plan import PlannedRun
 
     optim = config.optim
@@ -74,6 +75,7 @@ def planned_run(
         workload=workload,
         compute_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
         device_type=device_type,
+        mixed=is_mixed(precision, config.quant.kind if config.adapter.freezes_base else None),
     )
 
 

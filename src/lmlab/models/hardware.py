@@ -100,9 +100,12 @@ def choose_hardware(accelerator: str, precision: str, *, frozen_storage: str | N
         precision, reason = "bf16", "the CPU has AMX tiles"
     else:
         precision, reason = "fp32", "no fast bf16 here"
-    # fp16 needs its loss scale, which Lightning ties to autocast.
-    mixed = not (precision == "bf16" and frozen_storage not in (None, "none"))
-    return Hardware(device, precision, reason, mixed)
+    return Hardware(device, precision, reason, is_mixed(precision, frozen_storage))
+
+
+def is_mixed(precision: str, frozen_storage: str | None) -> bool:
+    """`Hardware.mixed`; fp16 needs its loss scale, which Lightning ties to autocast."""
+    return not (precision == "bf16" and frozen_storage not in (None, "none"))
 
 
 def move_rest_to(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -27,8 +27,11 @@ from lmlab.models import fake_storage
 from lmlab.models.attention import attention, use_packed_attention
 from lmlab.models.build import ModelConfig, enable_checkpointing, standard_attention
 from lmlab.models.footprint import CUDA_GRANULE, Footprint
+from lmlab.models.fused import use_fused_layers
+from lmlab.models.hardware import move_rest_to
 from lmlab.models.head import base_model, loss_sum
 from lmlab.models.memory import PHASES
+from lmlab.models.quantize import load_dtype
 from lmlab.records import PackedBatch
 
 if TYPE_CHECKING:
@@ -121,6 +124,7 @@ class PlannedRun:
     Attributes:
         build_optimizer: from the trained parameters, as the run's own.
         compute_dtype: of products; fp32 means no autocast.
+        mixed: `Hardware.mixed`.
         device_type: ``cpu`` or ``cuda``.
     """
 
@@ -133,6 +137,12 @@ class PlannedRun:
     workload: Workload
     compute_dtype: torch.dtype
     device_type: str
+    mixed: bool = True
+
+    @property
+    def load_dtype(self) -> torch.dtype:
+        """What the weights are loaded in."""
+        return load_dtype(self.quant, self.compute_dtype, mixed=self.mixed)
 
 
 def plan(run: PlannedRun, *, whole: bool = False) -> MemoryPlan:
@@ -260,13 +270,17 @@ class _Simulation:
         footprint.kind, footprint.mark = "weights", ("load", "build")
         with self.device:
             model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=run.quant.load_dtype, attn_implementation=standard_attention(hf_config)
+                hf_config, dtype=run.load_dtype, attn_implementation=standard_attention(hf_config)
             )
         if run.model.gradient_checkpointing:
             enable_checkpointing(model)
         footprint.mark = ("load", "quantize")
         if run.adapter.freezes_base:
             fake_storage.apply(run.quant, model, compute_dtype=run.compute_dtype)
+            if not run.mixed:
+                move_rest_to(model, run.compute_dtype)
+        if run.device_type == "cuda":
+            use_fused_layers(model, unchecked=True)
         self.standard_attention = str(model.config._attn_implementation)
         footprint.kind, footprint.mark = "adapter", ("load", "adapt")
         adapted = run.adapter.apply(model, seed=0)
@@ -314,7 +328,8 @@ class _Simulation:
     @contextmanager
     def _autocast(self) -> Iterator[None]:
         dtype = self.run.compute_dtype
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        enabled = self.run.mixed and dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
             yield
 
     def train(self) -> None:

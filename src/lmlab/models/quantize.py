@@ -119,6 +119,11 @@ class FourBit(QuantConfig):
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
+def load_dtype(quant: QuantConfig, compute_dtype: torch.dtype, *, mixed: bool) -> torch.dtype:
+    """What a base is loaded in: 16 bits at once where all of it ends in them (not `mixed`), half the memory of loading."""
+    return quant.load_dtype if mixed or quant.kind == "fp16" else compute_dtype
+
+
 def _bitsandbytes() -> Any:
     import bitsandbytes
 

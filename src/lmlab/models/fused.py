@@ -1,0 +1,101 @@
+"""Norms and gated MLPs of a model with fewer intermediate tensors: the same arithmetic, checked layer by layer.
+
+transformers writes RMSNorm and SwiGLU as a row of elementwise operations, of which autograd keeps nearly every result:
+of a Llama layer's saved activations about half. Here RMSNorm is torch's own (one kernel on CUDA, arXiv 1910.07467) and
+``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs only. A module is switched if, and only if, the fused form
+gives its own forward's result on random input, so Gemma's (1 + weight) or a clipped gate stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def use_fused_layers(model: nn.Module, *, unchecked: bool = False) -> int:
+    """Switch what can be switched, in place; how many modules. Before adapters are put on.
+
+    Args:
+        unchecked: of tensors without content (the memory plan), by names alone.
+    """
+    switched = 0
+    with torch.no_grad():
+        for module in list(model.modules()):
+            fused = _fused_class(module)
+            if fused is not None and (unchecked or _agrees(module, fused)):
+                own = type(module)
+                module.__class__ = type(own.__name__, (fused, own), {"__module__": own.__module__})
+                switched += 1
+    return switched
+
+
+class _FusedNorm:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        if weight.dtype != hidden_states.dtype:  # under autocast the two may differ
+            return super().forward(hidden_states)  # type: ignore[misc]
+        return F.rms_norm(hidden_states, weight.shape, weight, _epsilon(self))
+
+
+class _FusedGate:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(_SiluMul.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class _SiluMul(torch.autograd.Function):
+    """``silu(gate) * up``."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        grad_up = F.silu(gate).mul_(grads[0])
+        return torch.ops.aten.silu_backward(grads[0] * up, gate), grad_up
+
+
+def _epsilon(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _fused_class(module: Any) -> type | None:
+    """By what a module has; whether it also does the same is `_agrees`'s business."""
+    if isinstance(module, (_FusedNorm, _FusedGate)):
+        return None
+    if type(module).__name__.endswith("RMSNorm"):
+        weight = getattr(module, "weight", None)
+        plain = isinstance(weight, nn.Parameter) and weight.ndim == 1 and isinstance(_epsilon(module), float)
+        return _FusedNorm if plain else None
+    gated = all(
+        isinstance(getattr(module, n, None), nn.Module) for n in ("gate_proj", "up_proj", "down_proj")
+    )
+    return (
+        _FusedGate if gated and isinstance(getattr(module, "act_fn", None), nn.SiLU | _silu_class()) else None
+    )
+
+
+def _silu_class() -> type:
+    from transformers.activations import ACT2FN
+
+    return type(ACT2FN["silu"])
+
+
+def _agrees(module: Any, fused: type) -> bool:
+    """Whether the module's own forward gives the same on a random row, in eval mode."""
+    weight = module.weight if fused is _FusedNorm else next(module.gate_proj.parameters())
+    width = weight.shape[0] if fused is _FusedNorm else module.gate_proj.in_features
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, width, generator=generator).to(weight.device, dtype)
+    own = module(x).float()
+    found = fused.forward(module, x).float()  # type: ignore[attr-defined]
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # 16 bits: rounded at another place
+    return bool((own - found).abs().max() <= tolerance * own.abs().max().clamp(min=1e-30))
