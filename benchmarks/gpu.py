@@ -300,6 +300,7 @@ def head() -> dict[str, Any]:
             return torch.nn.functional.cross_entropy(matrix(hidden).float(), labels, reduction="sum")
 
         def cce(matrix: Any = matrix, hidden: Any = hidden, labels: Any = labels) -> Any:
+            # not used by lmlab: see linear_loss
             from cut_cross_entropy import linear_cross_entropy
 
             return linear_cross_entropy(hidden, matrix.weight, labels, reduction="sum", filter_eps=None)
@@ -526,11 +527,11 @@ def sections(options: argparse.Namespace, plan_file: Path) -> Iterator[tuple[str
     yield "device", device
     yield "head", head
     yield "qlora8b", qlora8b
-    yield "lora8b", lambda: lora("8b", peer=options.peer, rounds=2)
-    yield "lora1b", lambda: lora("1b", peer=options.peer, rounds=2)
+    yield "lora8b", lambda: lora("8b", peer=options.peer, rounds=options.rounds)
+    yield "lora1b", lambda: lora("1b", peer=options.peer, rounds=options.rounds)
+    yield "compiled8b", lambda: compiled("8b")
     yield "plan", lambda: plans(plan_file)
     yield "generate", generate
-    yield "compile1b", lambda: compiled("1b")
 
 
 def main() -> int:
@@ -540,6 +541,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     parser.add_argument("--sections", default="")
     parser.add_argument("--peer", action="store_true", help="also TRL, which must be installed")
+    parser.add_argument("--rounds", type=int, default=2, help="of lmlab and peer in turn")
     parser.add_argument("--plans", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plans:

@@ -8,6 +8,7 @@ gives its own forward's result on random input, so Gemma's (1 + weight) or a cli
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,10 +28,15 @@ def use_fused_layers(model: nn.Module, *, unchecked: bool = False) -> int:
         for module in list(model.modules()):
             fused = _fused_class(module)
             if fused is not None and (unchecked or _agrees(module, fused)):
-                own = type(module)
-                module.__class__ = type(own.__name__, (fused, own), {"__module__": own.__module__})
+                module.__class__ = mixed_class(fused, type(module))
                 switched += 1
     return switched
+
+
+@cache
+def mixed_class(fused: type, own: type) -> type:
+    """``own`` with ``fused``'s forward; one class for all layers, or torch.compile would compile each anew."""
+    return type(own.__name__, (fused, own), {"__module__": own.__module__})
 
 
 class _FusedNorm:
@@ -59,7 +65,11 @@ class _SiluMul(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
         grad_up = F.silu(gate).mul_(grads[0])
-        return torch.ops.aten.silu_backward(grads[0] * up, gate), grad_up
+        grad_gate = grads[0] * up
+        torch.ops.aten.silu_backward.grad_input(
+            grad_gate, gate, grad_input=grad_gate
+        )  # in place: it is large
+        return grad_gate, grad_up
 
 
 def _epsilon(module: Any) -> float | None:

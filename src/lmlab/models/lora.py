@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lmlab.models.fused import mixed_class
 from lmlab.models.quantize import dense_weight, is_dense
 
 
@@ -35,8 +36,7 @@ def use_fused_lora(model: nn.Module) -> int:
         ):
             continue
         if is_dense(module.get_base_layer()):
-            own = type(module)
-            module.__class__ = type(own.__name__, (FusedLora, own), {"__module__": own.__module__})
+            module.__class__ = mixed_class(FusedLora, type(module))
             switched += 1
     return switched
 
@@ -81,31 +81,33 @@ class _FusedLoraLinear(torch.autograd.Function):
             y = torch.addmm(bias.to(x.dtype), flat, weight.t())
         del weight
         dropped, mask = torch.native_dropout(flat, p, True) if p else (flat, None)
-        inner = dropped @ a.to(x.dtype).t()
-        y.addmm_(inner, b.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(flat, inner, a, b, mask)
-        ctx.base, ctx.scale, ctx.p, ctx.shape = base, scale, p, x.shape
+        # The scale goes into A, the smallest of all: no pass over [tokens, ...] for it.
+        narrow, wide = (a * scale).to(x.dtype), b.to(x.dtype)
+        inner = dropped @ narrow.t()
+        y.addmm_(inner, wide.t())
+        ctx.save_for_backward(flat, inner, narrow, wide, mask)
+        ctx.base, ctx.scale, ctx.p, ctx.shape, ctx.dtypes = base, scale, p, x.shape, (a.dtype, b.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        x, inner, a, b, mask = ctx.saved_tensors
+        x, inner, narrow, wide, mask = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
         keep = 1.0 if ctx.p == 1 else 1 / (1 - ctx.p)
-        grad_inner = (grad @ b.to(grad.dtype)).mul_(ctx.scale)
+        grad_inner = grad @ wide
         grad_x = grad_a = grad_b = None
         if wants_b:
-            grad_b = (grad.t() @ inner).mul_(ctx.scale).to(b.dtype)
+            grad_b = (grad.t() @ inner).to(ctx.dtypes[1])
         if wants_a:
             dropped = x if mask is None else (x * mask).mul_(keep)
-            grad_a = (grad_inner.t() @ dropped).to(a.dtype)
+            grad_a = (grad_inner.t() @ dropped).to(ctx.dtypes[0]).mul_(ctx.scale)
         if wants_x:
             grad_x = grad @ dense_weight(ctx.base, grad.dtype)
             if mask is None:
-                grad_x.addmm_(grad_inner, a.to(grad.dtype))
+                grad_x.addmm_(grad_inner, narrow)
             else:
-                grad_x.add_((grad_inner @ a.to(grad.dtype)).mul_(mask).mul_(keep))
+                grad_x.add_((grad_inner @ narrow).mul_(mask).mul_(keep))
             grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_a, grad_b, None, None, None

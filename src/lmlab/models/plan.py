@@ -252,8 +252,8 @@ class _Simulation:
 
     def __init__(self, run: PlannedRun, hf_config: PretrainedConfig, footprint: Footprint) -> None:
         self.run, self.footprint = run, footprint
-        # A torch built without CUDA cannot even imagine its tensors; the CPU's stand in, of the same shapes and types.
-        gpu = run.device_type == "cuda" and torch.backends.cuda.is_built()
+        # Without CUDA its tensors cannot even be imagined; the CPU's stand in, of the same shapes and types.
+        gpu = run.device_type == "cuda" and torch.cuda.is_available()
         self.device = torch.device("cuda" if gpu else "cpu")
         self.phase = "load"
         self.model = self._build(hf_config)
