@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _generate(options: argparse.Namespace) -> int:
     prompts = _prompts(options)
     sampler_values = _sampler_values(options)
-    from lmlab.assemble import load_for_use
     from lmlab.generation.samplers import load_sampler
+    from lmlab.load import load_for_use
 
     usable = load_for_use(options.model, accelerator=options.accelerator, use_best=options.best)
     if options.sampler is None:  # the run's own, or greedy where there is none

@@ -1,4 +1,4 @@
-"""Where config meets model: build, quantize and adapt a run's model, save its weights, load them again for use.
+"""Where config meets model: build, quantize and adapt a run's model, save its weights (`load` brings them back).
 
 The one place that knows the order (build -> load weights -> quantize -> adapt) and what lies beside saved weights
 (`lmlab.json`: template, quantization, the base's fingerprint), so that training and scripts cannot disagree on it.
@@ -19,12 +19,10 @@ from lmlab.data.chat_templates import chat_renderer, special_tokens, use_chat_te
 from lmlab.data.formats import Prompting
 from lmlab.data.prepared import PreparedData
 from lmlab.journal import RunDir, read_json, write_json
-from lmlab.records import UserError
 
 if TYPE_CHECKING:
     from lmlab.config.schema import RunConfig
     from lmlab.generation.text import TextGenerator
-    from lmlab.models.build import Pretrained
     from lmlab.models.hardware import Hardware
     from lmlab.models.memory import MemoryMeter
     from lmlab.models.quantize import QuantConfig
@@ -108,8 +106,8 @@ def build_for_training(
         compile_layers(model)
     meter.start(None)
     info = weights_info(run, config, tokenizer, base_path=base_path, fingerprint=fingerprint)
-    prompting = _prompting(info, tokenizer)
-    generator = _text_generator(model, tokenizer, hardware, generation_config, standard, prompting)
+    prompting = prompting_of(info, tokenizer)
+    generator = text_generator(model, tokenizer, hardware, generation_config, standard, prompting)
     if prompting.render_chat is not None and generation_config is not None:
         # A full model's is saved with it: others stop there too.
         generation_config.eos_token_id = sorted(generator.eos_token_ids)
@@ -159,11 +157,11 @@ def _freeze_base(
         if int(os.environ.get("RANK", "0")) == 0:
             model.save_pretrained(run.base)
             tokenizer.save_pretrained(run.base)
-    _store(model, config.quant, hardware)
+    store_base(model, config.quant, hardware)
     return base_path, fingerprint
 
 
-def _store(model: Any, quant: QuantConfig, hardware: Hardware) -> None:
+def store_base(model: Any, quant: QuantConfig, hardware: Hardware) -> None:
     """The frozen base as ``quant`` stores it; the rest of it in the compute type where that is 16 bits throughout."""
     from lmlab.models.hardware import move_rest_to
 
@@ -208,7 +206,7 @@ def _stop_ids(tokenizer: Any, generation_config: Any, prompting: Prompting) -> s
     return {int(i) for i in (eos_id(tokenizer), *ids) if i is not None}
 
 
-def _prompting(info: dict[str, Any], tokenizer: Any) -> Prompting:
+def prompting_of(info: dict[str, Any], tokenizer: Any) -> Prompting:
     """As the weights of ``info`` (lmlab.json) were trained; {} for those of others, which take a text as it is."""
     chat = info.get("format") == "messages"
     if chat:
@@ -216,9 +214,10 @@ def _prompting(info: dict[str, Any], tokenizer: Any) -> Prompting:
     return Prompting(info.get("template"), chat_renderer(tokenizer) if chat else None)
 
 
-def _text_generator(
+def text_generator(
     model: Any, tokenizer: Any, hardware: Hardware, generation_config: Any, attn: str, prompting: Prompting
 ) -> TextGenerator:
+    """What continues prompts with ``model``, under its standard attention ``attn`` and in the hardware's precision."""
     import torch
 
     from lmlab.generation.text import TextGenerator
@@ -299,126 +298,3 @@ def save_weights(
         target.rename(old)
     temporary.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class UsableModel:
-    """A trained model for scripts.
-
-    Attributes:
-        prompting: from a question to the prompt as it was trained.
-        sampler: the sampler of its run, as plain values; {} if it has none.
-    """
-
-    generator: TextGenerator
-    prompting: Prompting
-    sampler: dict[str, Any]
-
-
-def load_for_use(name_or_path: str, *, accelerator: str = "auto", use_best: bool = False) -> UsableModel:
-    """Load a run directory, an adapter, a model directory or a hub model for generation.
-
-    Args:
-        name_or_path: a run's directory stands for its ``adapter/`` or ``model/``.
-        use_best: of a run, the weights with the best validation loss instead of the last.
-
-    Raises:
-        UserError: nothing usable there, or an adapter whose base is gone or is another one.
-    """
-    from transformers.utils.logging import disable_progress_bar
-
-    from lmlab.models.hardware import choose_hardware
-
-    disable_progress_bar()
-    path = _weights_folder(Path(name_or_path), use_best=use_best)
-    info = read_json(path / "lmlab.json") if path is not None else {}
-    storage = (info.get("quant") or {}).get("kind") if info.get("base_fingerprint") else None
-    hardware = choose_hardware(accelerator, "auto", frozen_storage=storage)
-    if path is not None and (path / "adapter_config.json").is_file():
-        model, tokenizer, generation_config = _load_adapter(path, info, hardware)
-    else:
-        model, tokenizer = _load_plain(str(path) if path is not None else name_or_path, hardware)
-        generation_config = model.generation_config
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    prompting = _prompting(info, tokenizer)
-    attn = base.config._attn_implementation
-    generator = _text_generator(model.eval(), tokenizer, hardware, generation_config, attn, prompting)
-    return UsableModel(generator, prompting, info.get("sampler") or {})
-
-
-def _weights_folder(path: Path, *, use_best: bool) -> Path | None:
-    """The folder with weights that ``path`` means, None if it is not a local directory."""
-    if not path.is_dir():
-        return None
-    roots = [path / "best"] if use_best else [path]
-    for root in roots:
-        for name in ("adapter", "model"):
-            if (root / name).is_dir():
-                return root / name
-    return path
-
-
-def _stored_model(source: str, revision: str | None = None) -> Pretrained:
-    from lmlab.models.build import Pretrained
-
-    return Pretrained(
-        kind="pretrained",
-        name_or_path=source,
-        revision=revision,
-        trust_remote_code=False,
-        gradient_checkpointing=False,
-    )
-
-
-def _load_plain(source: str, hardware: Hardware) -> tuple[Any, Any]:
-    from lmlab.models.build import build_model
-    from lmlab.tokenizers import load_tokenizer
-
-    about = _stored_model(source)
-    hf_config = about.hf_config(None)
-    import torch
-
-    model = build_model(about, hf_config, seed=0, dtype=torch.float32, device=hardware.device)
-    return model, load_tokenizer(about.source)
-
-
-def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple[Any, Any, Any]:
-    """Base as it was trained on (same quantization, same fingerprint) with the adapter on it."""
-    from peft import PeftModel
-
-    from lmlab.models.build import base_fingerprint, build_model
-    from lmlab.models.lora import use_fused_lora
-    from lmlab.models.quantize import load_dtype, quants
-    from lmlab.models.vocabulary import grow_embeddings, use_token_rows
-    from lmlab.tokenizers import load_tokenizer, rows_needed
-
-    source = info.get("base") or read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    if not source:
-        raise UserError(
-            "the adapter does not name its base", where=str(path), fix="set base_model_name_or_path in it"
-        )
-    about = _stored_model(source, info.get("base_revision"))
-    quant = info.get("quant") or {"kind": "none"}
-    quant_config: Any = quants.class_of(quant["kind"]).model_validate(quant)
-    model = build_model(
-        about,
-        about.hf_config(None),
-        seed=0,
-        dtype=load_dtype(quant_config, hardware.compute_dtype, mixed=hardware.mixed),
-        device=hardware.device,
-    )
-    expected = info.get("base_fingerprint")
-    if expected and base_fingerprint(model) != expected:
-        raise UserError(
-            "the adapter was trained on another base",
-            where=f"{path}, base {source}",
-            fix="put the base back that it was trained on",
-        )
-    generation_config = model.generation_config
-    tokenizer = load_tokenizer(path)
-    grow_embeddings(model, rows_needed(tokenizer), seed=0)  # what they hold comes from the adapter
-    _store(model, quant_config, hardware)
-    adapted = PeftModel.from_pretrained(model, path)
-    use_token_rows(adapted)
-    use_fused_lora(adapted)
-    return adapted, tokenizer, generation_config

@@ -14,8 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lmlab.assemble import load_for_use
 from lmlab.journal import RunDir, read_json
+from lmlab.load import load_for_use
 from lmlab.models.build import ASSETS
 from lmlab.models.quantize import FourBit
 from lmlab.records import UserError

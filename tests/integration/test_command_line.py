@@ -199,7 +199,7 @@ def outside_logits(kind: str, folder: Path, base: str, ids: list[int], tmp_path:
 def test_against_peft_alone_logits(qlora: tuple[RunDir, Any], tmp_path: Path) -> None:
     import torch
 
-    from lmlab.assemble import load_for_use
+    from lmlab.load import load_for_use
 
     run, _ = qlora
     base = read_json(run.path / "adapter" / "adapter_config.json")["base_model_name_or_path"]

@@ -106,6 +106,17 @@ def broken_rules(config: RunConfig) -> Iterator[UserError]:
         yield UserError(
             "trainer.precision=fp16 on a CPU", where="trainer.precision", fix="use bf16 or fp32 there"
         )
+    if (
+        trainer.compile
+        and config.model.gradient_checkpointing
+        and config.quant.kind in ("int8", "nf4", "fp4")
+    ):
+        yield UserError(
+            f"trainer.compile=true with model.gradient_checkpointing=true over quant={config.quant.kind}: "
+            "a compiled layer does not recompute what it saved",
+            where="trainer.compile",
+            fix="switch one of the two off",
+        )
     if config.overwrite and config.resume is not None:
         yield UserError(
             f"overwrite=true with resume={config.resume}",
