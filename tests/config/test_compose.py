@@ -29,7 +29,7 @@ PROMISED_TEXT = """
     data.chat_template=chatml data.too_long=drop data.on_bad_record=skip
     trainer.max_steps=null trainer.max_epochs=2 trainer.batch_size=3 trainer.accumulate_grad_batches=4
     trainer.accelerator=cpu trainer.devices=2 trainer.num_nodes=2 trainer.strategy=ddp trainer.precision=bf16
-    trainer.gradient_clip_val=0.5 trainer.val_every_n_steps=11 trainer.log_every_n_steps=12 trainer.compile=true
+    trainer.gradient_clip_val=0.5 trainer.val_every_n_steps=11 trainer.log_every_n_steps=12 trainer.compile=false
     trainer.on_nonfinite=skip
     adapter.rank=5 adapter.alpha=6 adapter.dropout=0.1 adapter.target_modules=[q_proj] quant.double_quant=false
     optim.name=paged_adamw8bit optim.lr=0.5 optim.weight_decay=0.125 optim.warmup_steps=13 optim.schedule=linear
@@ -43,7 +43,9 @@ PROMISED = PROMISED_TEXT.split()
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_and_validates(composed: Compose, option: str) -> None:
     group, name = option.split("=")
-    values = composed(option, *(["model=llama_tiny"] if option == "tokenizer=bpe" else []))
+    values = composed(
+        option, *(["model=llama_tiny"] if option in ("tokenizer=bpe", "tokenizer=chars") else [])
+    )
     for key in OmegaConf.missing_keys(values):
         listed = [{"path": "given.jsonl", "weight": 1}]
         OmegaConf.update(values, key, listed if key == "data.sources" else "given")
@@ -149,6 +151,15 @@ def test_every_promised_key_stands_in_a_yaml(composed: Compose) -> None:
 def test_a_key_not_built_yet_is_not_offered(run_config: Compose, key: str) -> None:
     with pytest.raises(UserError, match="unknown key"):
         run_config("data=text", "data.path=x", f"+{key}=true")
+
+
+def test_compiled_layers_do_not_recompute_over_a_quantized_base(run_config: Compose) -> None:
+    asked = ["adapter=qlora", "trainer.compile=true"]
+    assert run_config(*asked).trainer.compile
+    with pytest.raises(
+        UserError, match=r"does not recompute.*\(trainer.compile\): switch one of the two off"
+    ):
+        run_config(*asked, "model.gradient_checkpointing=true")
 
 
 def test_fsdp_is_not_offered_yet(run_config: Compose) -> None:

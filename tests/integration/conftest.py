@@ -47,6 +47,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunDir]:
             f"output_root={root}",
             "logger=none",
             "trainer.accelerator=cpu",
+            "trainer.memory_plan=false",  # some seconds of a processor, for each configuration
             *overrides,
         ]
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -22,6 +22,7 @@ from tests.integration.test_command_line import lines
 QUICK = (
     "data=skills",
     "data.num_records=60",
+    "trainer.memory_plan=false",
     "metrics=none",
     "samples.prompts=0",
     "trainer.max_steps=3",
@@ -219,7 +220,7 @@ def test_a_dead_wandb_server_costs_seconds_and_no_number(tmp_path: Path) -> None
         WANDB_API_KEY="0123456789abcdef0123456789abcdef01234567",
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 240  # W&B itself would try for much longer
     assert "so this run is recorded offline" in done.stdout
     run = RunDir(tmp_path / "sft" / "dead")
     assert [r["step"] for r in lines(run.metrics) if "train/loss" in r] == [1, 2, 3]

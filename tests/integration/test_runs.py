@@ -414,3 +414,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
     said = capsys.readouterr().out
     assert "passed over a damaged checkpoint" in said
     assert [row["step"] for row in lines(run.metrics) if "train/loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_planned_memory_stands_beside_the_measured(train: Callable[..., RunDir]) -> None:
+    run = train(
+        "planned", "trainer.memory_plan=true", "data=skills", "data.num_records=60", "metrics=none", *SMALL
+    )
+    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    for phase in ("load", "forward", "backward", "optimizer", "eval"):
+        beside = [r for r in rows if f"memory/{phase}/planned_gb" in r]
+        assert beside, phase
+        assert all(f"memory/{phase}/peak_gb" in r for r in beside)
+    summary = read_json(run.summary)
+    assert abs(summary["memory/backward/plan_error"]) < 1.0, "not even of the right size"

@@ -62,7 +62,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("storage", ALL, ids=label)
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "model_type", [n if n == "llama" else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
+)
 def test_against_peft_loss_and_gradients(model_type: str, storage: dict[str, Any]) -> None:
     peft, ours = pair(model_type, storage)
     (expected, reference), (found, grads) = step(peft), step(ours)

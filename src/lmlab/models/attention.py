@@ -147,7 +147,9 @@ def packed_attention(
         raise RuntimeError(f"{type(module).__name__} does not pass on where the documents lie")
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [tokens, heads, d]
     if dropout == 0 and softcap is None and s_aux is None and _varlen_serves(query, value):
-        return _varlen(*flat, lmlab_documents, scaling=scaling, window=sliding_window)[None], None
+        return _varlen(flat[0], flat[1], flat[2], lmlab_documents, scaling=scaling, window=sliding_window)[
+            None
+        ], None
     repeat = query.shape[1] // key.shape[1]
     gather, scatter = lmlab_documents.rectangles
     outputs = []

@@ -42,27 +42,33 @@ def apply(quant: QuantConfig, model: PreTrainedModel, *, compute_dtype: torch.dt
     setattr(model, "is_loaded_in_4bit" if isinstance(quant, FourBit) else "is_loaded_in_8bit", True)
 
 
-def _four_bit(quant: FourBit, weight: torch.Tensor, compute_dtype: torch.dtype) -> Any:
-    import bitsandbytes as bnb
+def _bitsandbytes() -> Any:
+    import bitsandbytes.functional
 
+    return bitsandbytes
+
+
+def _four_bit(quant: FourBit, weight: torch.Tensor, compute_dtype: torch.dtype) -> Any:
+    bnb = _bitsandbytes()
     with _disable_current_modes():  # a shell of the right class
         new: Any = bnb.nn.Linear4bit(1, 1, bias=False, compute_dtype=compute_dtype)
     packed, state = bnb.functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=quant.double_quant, quant_type=quant.kind
     )
-    new.weight = nn.Parameter(packed, requires_grad=False)
-    new.weight.quant_state = new.quant_state = state
-    new.weight.compress_statistics, new.weight.quant_type = quant.double_quant, quant.kind
+    parameter: Any = nn.Parameter(packed, requires_grad=False)
+    parameter.quant_state = new.quant_state = state
+    parameter.compress_statistics, parameter.quant_type = quant.double_quant, quant.kind
+    new.weight = parameter
     new.support_avx512bf16_for_cpu = False
     return new
 
 
 def _eight_bit(weight: torch.Tensor) -> Any:
-    import bitsandbytes as bnb
-
+    bnb = _bitsandbytes()
     with _disable_current_modes():
-        new = int8_class()(1, 1, bias=False, has_fp16_weights=False)
+        new: Any = int8_class()(1, 1, bias=False, has_fp16_weights=False)
     codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-    new.weight = nn.Parameter(codes, requires_grad=False)
-    new.weight.CB, new.weight.SCB = codes, scales
+    parameter: Any = nn.Parameter(codes, requires_grad=False)
+    parameter.CB, parameter.SCB = codes, scales
+    new.weight = parameter
     return new

@@ -52,8 +52,7 @@ KINDS = (
     "kept free",
 )
 """What memory is for; ``kept free`` is what malloc keeps on a CPU of blocks that were freed."""
-WHOLE_UP_TO = 7
-"""Layers up to which a model is run whole: 3 + 4 of them would take longer."""
+WHOLE_UP_TO = 7  # layers up to which a model is run whole: 3 + 4 of them would take longer
 
 Moments = dict[tuple[str, str], Counter[str]]
 """(phase, moment in it) -> bytes by kind."""
@@ -122,7 +121,6 @@ class PlannedRun:
     """Everything a plan depends on.
 
     Attributes:
-        build_optimizer: from the trained parameters, as the run's own.
         compute_dtype: of products; fp32 means no autocast.
         mixed: `Hardware.mixed`.
         device_type: ``cpu`` or ``cuda``.
@@ -138,11 +136,6 @@ class PlannedRun:
     compute_dtype: torch.dtype
     device_type: str
     mixed: bool = True
-
-    @property
-    def load_dtype(self) -> torch.dtype:
-        """What the weights are loaded in."""
-        return load_dtype(self.quant, self.compute_dtype, mixed=self.mixed)
 
 
 def plan(run: PlannedRun, *, whole: bool = False) -> MemoryPlan:
@@ -195,8 +188,7 @@ def _collect(peaks: Moments, heap: Moments, *, layers: tuple[int, int], on_cpu: 
 
 
 def _num_layers(config: PretrainedConfig) -> int | None:
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    return count if isinstance(count, int) else None
+    return getattr(config.get_text_config(), "num_hidden_layers", None)
 
 
 def _alike(config: PretrainedConfig) -> bool:
@@ -268,10 +260,10 @@ class _Simulation:
 
         run, footprint = self.run, self.footprint
         footprint.kind, footprint.mark = "weights", ("load", "build")
+        dtype = load_dtype(run.quant, run.compute_dtype, mixed=run.mixed)
         with self.device:
-            model = AutoModelForCausalLM.from_config(
-                hf_config, dtype=run.load_dtype, attn_implementation=standard_attention(hf_config)
-            )
+            attn = standard_attention(hf_config)
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=attn)
         if run.model.gradient_checkpointing:
             enable_checkpointing(model)
         footprint.mark = ("load", "quantize")
