@@ -126,7 +126,7 @@ class _Layer:
         """Whether a dense weight is cheaper than ``num_steps`` passes without.
 
         A stored weight is converted in every pass anyway: the second one already gains. Merging into a float weight
-        reads and writes it once, about 1 ns a value on one core, and saves some 80 us per layer and step (measured:
+        reads and writes it once, about 1 ns a value on one core, and saves some 80 us per layer and step (estimated, not measured:
         PEFT's forward beside a plain product at 32 rows, rank 16); on a GPU, writing is 100 times faster.
         """
         # fp32 weights under 16-bit autocast are converted too (and in a CUDA graph, in every step).
