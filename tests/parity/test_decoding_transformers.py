@@ -104,13 +104,17 @@ def build(name: str) -> Any:
     return random_model(name, **CHANGES.get(name, {})).eval()
 
 
+FAST = ("llama", "gpt2", "gemma2", "qwen3", "mistral", "gpt_oss", "mamba")
+EVERY: list[Any] = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in (*ACCEPTED, *MORE)]
+
+
 @pytest.mark.parametrize("grouped", [False, True], ids=["one-prefill", "grouped-prefill"])
-@pytest.mark.parametrize("name", [*ACCEPTED, *MORE])
+@pytest.mark.parametrize("name", EVERY)
 def test_against_transformers_greedy_ids(name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     check(build(name), grouped=grouped, monkeypatch=monkeypatch)
 
 
-@pytest.mark.parametrize("name", list(ACCEPTED))
+@pytest.mark.parametrize("name", [p for p in EVERY if str(getattr(p, "values", (p,))[0]) in ACCEPTED])
 def test_the_accepted_architectures_decode_over_preallocated_keys(name: str) -> None:
     assert filled_cache(build(name), num_rows=1, columns=8) is not None
 
