@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmlab.config.schema import optim_in_force
 from lmlab.data.chat import end_mark
 from lmlab.data.chat_templates import chat_renderer, special_tokens, use_chat_template
 from lmlab.data.formats import Prompting
@@ -66,32 +67,16 @@ def build_for_training(
 
     from lmlab.models.adapters import count_parameters
     from lmlab.models.attention import use_packed_attention
-    from lmlab.models.build import build_model, compile_layers
-    from lmlab.models.fused import use_fused_layers
+    from lmlab.models.build import compile_layers
+    from lmlab.models.head import in_chunks
     from lmlab.models.probe import supports_flat
-    from lmlab.models.quantize import linear_storage, load_dtype, stored_bytes
     from lmlab.tokenizers import load_tokenizer, rows_needed
 
     meter.start("load")
     disable_progress_bar()  # one bar is enough: the run's own
     tokenizer = load_tokenizer(run.tokenizer)
     hf_config = config.model.hf_config(rows_needed(tokenizer), eos_token_id=eos_id(tokenizer))
-    model = build_model(
-        config.model,
-        hf_config,
-        seed=config.seed,
-        dtype=load_dtype(config.quant, hardware.compute_dtype, mixed=hardware.mixed),
-        device=hardware.device,
-    )
-    base_path, fingerprint = _freeze_base(run, config, model, tokenizer, hardware, say)
-    storage = linear_storage(model)
-    params = sum(layer.shape[0] * layer.shape[1] for layer in storage)
-    figures: dict[str, Any] = {
-        "model/base_bytes": stored_bytes(model),
-        "model/base_bits_per_param": sum(layer.bits for layer in storage) / max(1, params),
-    }
-    if hardware.device.type == "cuda":  # on a CPU products are nearly all of the time, and it gains nothing
-        use_fused_layers(model)
+    model, base_path, fingerprint, figures = _build_base(run, config, hf_config, tokenizer, hardware, say)
     standard = str(model.config._attn_implementation)
     generation_config = getattr(model, "generation_config", None)
     model = config.adapter.apply(model, seed=config.seed, **_token_rows(config, tokenizer))
@@ -102,8 +87,8 @@ def build_for_training(
     figures.update({"model/params_total": total, "model/params_trainable": trainable})
     model.to(hardware.device)
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes alone: dropout would never act
-    if config.trainer.compile:
-        compile_layers(model)
+    if config.trainer.compile and not compile_layers(model):
+        say("trainer.compile=true changes nothing: no decoder layers were found in this model")
     meter.start(None)
     info = weights_info(run, config, tokenizer, base_path=base_path, fingerprint=fingerprint)
     prompting = prompting_of(info, tokenizer)
@@ -111,7 +96,11 @@ def build_for_training(
     if prompting.render_chat is not None and generation_config is not None:
         # A full model's is saved with it: others stop there too.
         generation_config.eos_token_id = sorted(generator.eos_token_ids)
-    optim = _effective_optim(config, hardware, say)
+    optim = optim_in_force(config, hardware.device.type)
+    if optim is not config.optim:
+        say(
+            "adapter=qlora on a GPU: paged 8-bit AdamW in place of AdamW (optim.name=adamw8bit or sgd to choose another)"
+        )
     return BuiltModel(
         model,
         flat=flat,
@@ -125,8 +114,37 @@ def build_for_training(
             checkpointing=config.model.gradient_checkpointing,
             compiled=config.trainer.compile,
             optimizer=optim.name,
+            chunked=in_chunks(model),
+            adapter=config.adapter.kind,
         ),
     )
+
+
+def _build_base(
+    run: RunDir,
+    config: RunConfig,
+    hf_config: Any,
+    tokenizer: Any,
+    hardware: Hardware,
+    say: Callable[[str], None],
+) -> tuple[Any, str | None, dict[str, str] | None, dict[str, Any]]:
+    """Build -> load weights -> quantize; (model, where its base can be found again, fingerprint, stored bytes and bits)."""
+    from lmlab.models.build import build_model
+    from lmlab.models.fused import use_fused_layers
+    from lmlab.models.quantize import linear_storage, load_dtype, stored_bytes
+
+    dtype = load_dtype(config.quant, hardware.compute_dtype, mixed=hardware.mixed)
+    model = build_model(config.model, hf_config, seed=config.seed, dtype=dtype, device=hardware.device)
+    base_path, fingerprint = _freeze_base(run, config, model, tokenizer, hardware, say)
+    storage = linear_storage(model)
+    params = sum(layer.shape[0] * layer.shape[1] for layer in storage)
+    figures = {
+        "model/base_bytes": stored_bytes(model),
+        "model/base_bits_per_param": sum(layer.bits for layer in storage) / max(1, params),
+    }
+    if hardware.device.type == "cuda":  # on a CPU products are nearly all of the time, and it gains nothing
+        use_fused_layers(model)
+    return model, base_path, fingerprint, figures
 
 
 def _freeze_base(
@@ -179,16 +197,6 @@ def _token_rows(config: RunConfig, tokenizer: Any) -> dict[str, list[int]]:
     """The adapter's argument for `tokenizer.added_tokens`, {} without any (an adapter need not know of them)."""
     added = getattr(config.tokenizer, "added_tokens", [])
     return {"token_rows": tokenizer.convert_tokens_to_ids(list(added))} if added else {}
-
-
-def _effective_optim(config: RunConfig, hardware: Hardware, say: Callable[[str], None]) -> OptimConfig:
-    """QLoRA on a GPU takes the paged 8-bit AdamW in place of AdamW, as in its paper; said, not silent."""
-    if config.adapter.kind == "qlora" and hardware.device.type == "cuda" and config.optim.name == "adamw":
-        say(
-            "adapter=qlora on a GPU: paged 8-bit AdamW in place of AdamW (optim.name=adamw8bit or sgd to choose another)"
-        )
-        return config.optim.model_copy(update={"name": "paged_adamw8bit"})
-    return config.optim
 
 
 def eos_id(tokenizer: Any) -> int | None:

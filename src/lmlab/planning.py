@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmlab.config.schema import RunConfig
+from lmlab.config.schema import RunConfig, optim_in_force
 from lmlab.data.sources import cache_root
 from lmlab.journal import read_json, write_json
 from lmlab.records import UserError
@@ -61,9 +61,7 @@ def planned_run(
     from lmlab.models.hardware import is_mixed
     from lmlab.models.plan import PlannedRun
 
-    optim = config.optim
-    if config.adapter.kind == "qlora" and device_type == "cuda" and optim.name == "adamw":
-        optim = optim.model_copy(update={"name": "paged_adamw8bit"})  # as the run itself does
+    optim = optim_in_force(config, device_type)
     return PlannedRun(
         model=config.model,
         hf_config=hf_config,
@@ -91,6 +89,12 @@ def model_config(config: RunConfig) -> Any:
     if isinstance(config.model, Scratch):
         if config.tokenizer.kind == "bpe":
             size = config.tokenizer.vocab_size
+        elif config.tokenizer.kind == "chars":
+            raise UserError(
+                "the size of a tokenizer of characters is known only when its text is read",
+                where="tokenizer.kind=chars",
+                fix="plan with tokenizer=bpe tokenizer.vocab_size=N, or look at memory/<phase>/planned_gb of a run",
+            )
         else:
             from lmlab.tokenizers.load import load_tokenizer, rows_needed
 
@@ -202,6 +206,8 @@ def cached_plan(run: PlannedRun, config: RunConfig) -> MemoryPlan:
 
 
 def _key(run: PlannedRun, config: RunConfig) -> str:
+    import torch
+
     code = hashlib.sha256()
     for file in sorted((Path(__file__).parent / "models").glob("*.py")):
         code.update(file.read_bytes())
@@ -210,7 +216,7 @@ def _key(run: PlannedRun, config: RunConfig) -> str:
         *(part.model_dump(mode="json") for part in (run.model, run.quant, run.adapter, run.loss)),
         [config.optim.name, asdict(run.workload), str(run.compute_dtype), run.device_type],
         [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
-        code.hexdigest(),
+        [code.hexdigest(), torch.cuda.is_available()],  # without CUDA the CPU's kernels stand in for its own
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -317,8 +323,9 @@ def out_of_memory(config: RunConfig, meter: MemoryMeter | None) -> str:
     """What happened and what would fit, in one line; never raises."""
     try:
         return _out_of_memory(config, meter)
-    except Exception:
-        return "lower trainer.batch_size or data.max_length, or use adapter=qlora"
+    except Exception as error:  # this is the line about another failure
+        advice = "lower trainer.batch_size or data.max_length, or use adapter=qlora"
+        return f"{advice} (what would fit could not be planned: {type(error).__name__})"
 
 
 def _out_of_memory(config: RunConfig, meter: MemoryMeter | None) -> str:

@@ -159,15 +159,8 @@ class Session:
             root=self.run.path,
             world_size=world_size(config),
         )
-        result = fitting.fit(
-            trainer,
-            module,
-            datamodule,
-            checkpoints=checkpoints,
-            stop=stop,
-            resume_from=resume_from,
-            test="test" in prepared.meta["report"],
-        )
+        keep = {"checkpoints": checkpoints, "stop": stop, "resume_from": resume_from}
+        result = fitting.fit(trainer, module, datamodule, **keep, test="test" in prepared.meta["report"])
         self.figures.update({"steps": result.steps, **meter.errors()})
         self.figures.update({"best/val_loss": result.best_loss, "best/step": result.best_step})
         self.figures.update({"skipped_steps": module.skipped_steps} if module.skipped_steps else {})

@@ -204,3 +204,13 @@ def test_plan_script_needs_nothing_but_a_config(tmp_path: Path) -> None:
     assert figures["device"] == "cuda"
     assert figures["total_gb"] == pytest.approx(max(figures["peak_gb"].values()))
     assert not (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_a_tokenizer_whose_size_nobody_knows_yet_is_one_line(tmp_path: Path) -> None:
+    told = ["task=pretrain", "model=llama_tiny", "tokenizer=chars", "data=text", "data.path=none.txt"]
+    environment = {**os.environ, "LMLAB_CACHE": str(tmp_path)}
+    command = [sys.executable, "scripts/plan.py", *told]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert done.stderr.count("\n") == 1
+    assert "tokenizer.kind=chars" in done.stderr

@@ -19,7 +19,7 @@ from lmlab.models import attention as packed
 from lmlab.models.attention import NAME, Documents, attention, use_packed_attention
 from lmlab.models.build import compile_layers, enable_checkpointing
 from lmlab.models.hardware import choose_hardware, move_rest_to
-from lmlab.models.head import loss_sum
+from lmlab.models.head import NLL, loss_sum
 from lmlab.models.lora import use_fused_lora
 from lmlab.records import PackedBatch
 
@@ -173,7 +173,9 @@ def test_head_kernels_against_fp64(softcap: float | None) -> None:
         head.weight.grad = None
         if kernel:
             assert linear_loss._cuda_kernel(y, None, tail, linear_loss.HeadLoss()) is not None
-            loss: Any = linear_loss.total(y, labels, head=head, tail=tail, loss=linear_loss.HeadLoss())
+            loss: Any = linear_loss.total(
+                y, labels, head=head, tail=tail, loss=NLL.total, cross_entropy=linear_loss.HeadLoss()
+            )
         else:
             args = (y, head.weight, None, labels, tail, linear_loss.HeadLoss())
             loss = linear_loss._ChunkedCrossEntropy.apply(*args)

@@ -12,6 +12,7 @@ from tiny import ACCEPTED, VOCAB, default_config, documents, flat, gradients, pa
 
 from lmlab.models import head, linear_loss
 from lmlab.models.attention import NAME, attention
+from lmlab.models.hardware import Hardware
 from lmlab.models.head import CrossEntropy, loss_sum
 from lmlab.models.probe import _twin
 from lmlab.models.quantize import SixteenBit
@@ -90,7 +91,7 @@ CAPPED = {
 @pytest.mark.parametrize("model_type", CAPPED)
 def test_against_cross_entropy_scales_caps_biases_and_ties(model_type: str, loss: str) -> None:
     model = random_model(model_type, **CAPPED[model_type])
-    assert head._tail(model) is not None, "the chunked path is what is tested"
+    assert head.in_chunks(model), "the chunked path is what is tested"
     compare(model, LOSSES[loss])
 
 
@@ -120,7 +121,22 @@ def test_a_head_of_unknown_arithmetic_falls_back_to_the_models_own_logits() -> N
     odd = Odd(plain.config)
     odd.load_state_dict(plain.state_dict())
     compare(odd.train(), LOSSES["plain"])
-    assert head._tail(odd) is None
+    assert not head.in_chunks(odd)
+    said = [
+        dict(
+            Hardware(torch.device("cpu"), "fp32", "test").table(
+                flat=True,
+                checkpointing=False,
+                compiled=False,
+                optimizer="adamw",
+                chunked=chunked,
+                adapter="none",
+            )
+        )["head, loss"]
+        for chunked in (True, head.in_chunks(odd))
+    ]
+    assert "in chunks" in said[0]
+    assert "all logits at once" in said[1], "a fallback is said"
 
 
 def lora(model: Any, **changes: Any) -> Any:
@@ -221,7 +237,12 @@ def test_no_more_than_one_chunk_of_logits_lives(monkeypatch: pytest.MonkeyPatch)
     hidden, labels = torch.randn(400, 8, requires_grad=True), torch.randint(0, 1000, (400,))
     with Watch():
         total = linear_loss.total(
-            hidden, labels, head=matrix, tail=linear_loss.PLAIN_TAIL, loss=linear_loss.HeadLoss()
+            hidden,
+            labels,
+            head=matrix,
+            tail=linear_loss.PLAIN_TAIL,
+            loss=head.NLL.total,
+            cross_entropy=linear_loss.HeadLoss(),
         )
         total.backward()
     made = [n for n in sizes if n != matrix.weight.numel()]  # .t() and .to() are views of the weight

@@ -190,3 +190,14 @@ def test_only_the_input_and_a_narrow_matrix_are_kept_for_backward() -> None:
 def test_copies_are_independent() -> None:
     _, ours = pair("llama", ALL[0])
     assert torch.equal(step(copy.deepcopy(ours))[1], step(ours)[1])
+
+
+def test_bitsandbytes_own_8_bit_layer_goes_pefts_way() -> None:
+    """It quantizes activations in evaluation: a dense weight would give other values."""
+    import bitsandbytes as bnb
+
+    from lmlab.models.quantize import is_dense
+
+    assert not is_dense(bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=False))
+    assert is_dense(torch.nn.Linear(8, 8))
+    assert not is_dense(torch.nn.Embedding(8, 8))

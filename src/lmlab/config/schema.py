@@ -162,6 +162,13 @@ def _gpu_wanted(config: RunConfig) -> bool:
     return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
+def optim_in_force(config: RunConfig, device_type: str) -> OptimConfig:
+    """QLoRA on a GPU takes the paged 8-bit AdamW in place of AdamW, as in its paper (arXiv 2305.14314, section 3)."""
+    if config.adapter.kind == "qlora" and device_type == "cuda" and config.optim.name == "adamw":
+        return config.optim.model_copy(update={"name": "paged_adamw8bit"})
+    return config.optim
+
+
 def mixed_precision_instead(config: RunConfig) -> str | None:
     """On a GPU ``adapter=none quant=fp16|bf16`` means mixed-precision training; that precision, else None."""
     quantized = config.quant.kind in ("fp16", "bf16") and not config.adapter.freezes_base

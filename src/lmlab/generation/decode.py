@@ -13,8 +13,7 @@ the logits: two tokens tied to within that rounding can swap.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from lmlab.generation.samplers import SamplerConfig, draw
+from lmlab.modes import evaluating
 from lmlab.records import RunFailedError, UserError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def generate(
         rows.append(_Row(index=i, room=room, generator=torch.Generator().manual_seed(seed)))
     # no_grad, not inference_mode: a layer may cache a tensor during this forward (rotary tables, a quantizer's
     # state), and an inference tensor left inside a model that goes on training cannot be saved for backward.
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         batch = _Batch(model, prompts, rows=list(rows), pad_token_id=pad_token_id)
         _write(batch, sampler, eos_token_ids=frozenset(eos_token_ids), on_token=on_token)
     return [row.result(sampler.max_new_tokens) for row in rows]
@@ -273,15 +273,11 @@ def prefill_groups(lengths: Sequence[int], *, one_more: int) -> list[slice]:
 
 
 def _cost_of_one_more(model: nn.Module, device: torch.device) -> int:
-    """In tokens: the weights are read once more, and some ms of Python and launches pass (measured on 2 CPU cores).
+    """In tokens: the weights are read once more, and some ms of Python and launches pass (estimated).
 
     Where RoPE depends on the longest text of a batch, any split would change the angles: too dear.
     """
-    config = getattr(_causal_lm(model), "config", None)
-    text_config = (
-        config.get_text_config() if config is not None and hasattr(config, "get_text_config") else None
-    )
-    if _rope_follows_length(getattr(text_config, "rope_parameters", None)):
+    if _rope_follows_length(getattr(_text_config(_causal_lm(model)), "rope_parameters", None)):
         return 1 << 40
     if device.type != "cpu":
         return 4096
@@ -338,15 +334,3 @@ def _causal_lm(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile's and PEFT's wrappers: its forward's signature is the real one."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module has its own flag back (a frozen submodule may have been in eval)."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

@@ -147,40 +147,50 @@ def packed_attention(
         raise RuntimeError(f"{type(module).__name__} does not pass on where the documents lie")
     flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [tokens, heads, d]
     if dropout == 0 and softcap is None and s_aux is None and _varlen_serves(query, value):
-        return _varlen(flat[0], flat[1], flat[2], lmlab_documents, scaling=scaling, window=sliding_window)[
-            None
-        ], None
-    repeat = query.shape[1] // key.shape[1]
+        out = _varlen(flat[0], flat[1], flat[2], lmlab_documents, scaling=scaling, window=sliding_window)
+        return out[None], None
     gather, scatter = lmlab_documents.rectangles
-    outputs = []
+    apart = len(gather) > 1 or scatter is not None
+    cells = []
     for index in gather:
-        rows, width = index.shape
-        if len(gather) == 1 and scatter is None:
-            parts = [
-                t.view(rows, width, *t.shape[1:])
-                if t.is_contiguous()
-                else t.reshape(rows, width, *t.shape[1:])
-                for t in flat
-            ]
-        else:
-            parts = [t.index_select(0, index.flatten()).view(rows, width, *t.shape[1:]) for t in flat]
-        q, k, v = (t.transpose(1, 2) for t in parts)
-        if repeat > 1:
-            k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        mask = None
-        if sliding_window is not None and sliding_window < width:
-            mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
-        if softcap is None and s_aux is None:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-            )
-        else:
-            if mask is None:
-                mask = torch.ones(width, width, dtype=torch.bool, device=q.device).tril()
-            out = _explicit(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
-        outputs.append(out.transpose(1, 2).reshape(rows * width, out.shape[1], out.shape[3]))
-    cells = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return (cells if scatter is None else cells.index_select(0, scatter))[None], None
+        parts = [
+            (t.index_select(0, index.flatten()) if apart else t).reshape(*index.shape, *t.shape[1:])
+            for t in flat
+        ]
+        out = _rectangle(
+            *(t.transpose(1, 2) for t in parts),
+            scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux,
+        )  # fmt: skip
+        cells.append(out.transpose(1, 2).reshape(index.numel(), out.shape[1], out.shape[3]))
+    together = cells[0] if len(cells) == 1 else torch.cat(cells)
+    return (together if scatter is None else together.index_select(0, scatter))[None], None
+
+
+def _rectangle(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention of right-padded rows, ``[rows, heads, width, d]`` (fewer heads of keys and values) and out."""
+    width, repeat = query.shape[2], query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+    mask = None
+    if window is not None and window < width:
+        mask = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    if softcap is None and sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
+        )
+    if mask is None:
+        mask = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
+    return _explicit(query, key, value, mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks)
 
 
 @cache

@@ -14,6 +14,7 @@ with DoRA, other variants, biases in B or PEFT methods other than LoRA are left 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from lmlab.models.quantize import dense_weight, is_dense, is_stored, weight_shape
 
 SHARE_OF_FREE_MEMORY = 0.5
 """Of what is free at the start of a decode, for dense weights; the rest is for the cache and everybody else."""
@@ -61,7 +64,7 @@ def ready_to_decode(
         if not _is_compiled(model):
             budget = free_memory(model) * SHARE_OF_FREE_MEMORY if memory_budget is None else memory_budget
             for module, layer in _layers(model):
-                need = layer.base.out_features * layer.base.in_features * compute_dtype.itemsize
+                need = math.prod(weight_shape(layer.base)) * compute_dtype.itemsize
                 if not layer.pays(num_steps, compute_dtype):
                     product = _block_product(layer)
                 elif dense_bytes + need <= budget:
@@ -82,43 +85,10 @@ def ready_to_decode(
 
 
 @dataclass(frozen=True)
-class _Base:
-    """A linear layer as it is stored; ``kind`` is float, conv1d, 4bit or 8bit."""
-
-    module: Any
-    kind: str
-    out_features: int
-    in_features: int
-
-    @property
-    def is_stored(self) -> bool:
-        """Whether the weight is stored in another type than it is multiplied in, and converted in every pass."""
-        from lmlab.models.quantize import StoredLinear
-
-        return self.kind in ("4bit", "8bit") or isinstance(self.module, StoredLinear)
-
-    def read(self, dtype: torch.dtype) -> torch.Tensor:
-        """A new dense ``[out, in]``, computed as the layer's own forward computes it."""
-        weight = self.module.weight
-        if self.kind == "4bit":
-            from bitsandbytes.functional import dequantize_4bit
-
-            return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-        if self.kind == "8bit":
-            # bitsandbytes moves them at the first forward pass.
-            scales = weight.SCB if weight.SCB is not None else self.module.state.SCB
-            return weight.data.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
-        data = weight.detach()
-        return (data.t() if self.kind == "conv1d" else data).to(
-            dtype, copy=True, memory_format=torch.contiguous_format
-        )
-
-
-@dataclass(frozen=True)
 class _Layer:
     """A linear layer and the low-rank updates in force on it: (scale, B ``[out, r]``, A ``[r, in]``)."""
 
-    base: _Base
+    base: Any
     updates: tuple[tuple[float, torch.Tensor, torch.Tensor], ...]
     is_head: bool
 
@@ -130,10 +100,10 @@ class _Layer:
         PEFT's forward beside a plain product at 32 rows, rank 16); on a GPU, writing is 100 times faster.
         """
         # fp32 weights under 16-bit autocast are converted too (and in a CUDA graph, in every step).
-        if self.base.is_stored or self.base.module.weight.dtype.itemsize > dtype.itemsize:
+        if is_stored(self.base) or self.base.weight.dtype.itemsize > dtype.itemsize:
             return num_steps >= 2
-        per_value = 1e-9 if self.base.module.weight.device.type == "cpu" else 1e-11
-        cost = per_value * self.base.out_features * self.base.in_features
+        per_value = 1e-9 if self.base.weight.device.type == "cpu" else 1e-11
+        cost = per_value * math.prod(weight_shape(self.base))
         return bool(self.updates) and cost < 80e-6 * num_steps
 
 
@@ -156,7 +126,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, _Layer]]:
             yield module, _Layer(found[1], found[0], id(module) in heads)
 
 
-def _adapted(layer: Any) -> tuple[tuple[tuple[float, torch.Tensor, torch.Tensor], ...], _Base] | None:
+def _adapted(layer: Any) -> tuple[tuple[tuple[float, torch.Tensor, torch.Tensor], ...], Any] | None:
     """The updates in force on PEFT's LoRA layer and its base; None for one to be left alone."""
     base = _base_of(layer.base_layer)
     if base is None or any(_has_hooks(part) for part in layer.modules()):
@@ -178,23 +148,9 @@ def _adapted(layer: Any) -> tuple[tuple[tuple[float, torch.Tensor, torch.Tensor]
     return tuple(updates), base
 
 
-def _base_of(module: Any) -> _Base | None:
-    """What kind of linear layer ``module`` is, by exact class: a subclass may compute something else."""
-    from lmlab.models.quantize import StoredLinear
-
-    kind, weight = type(module).__name__, getattr(module, "weight", None)
-    if weight is None or _has_hooks(module):
-        return None
-    if type(module) in (nn.Linear, StoredLinear):
-        return _Base(module, "float", module.out_features, module.in_features)
-    if kind == "Conv1D":  # GPT-2's, its weight is [in, out]
-        return _Base(module, "conv1d", weight.shape[1], weight.shape[0])
-    if kind == "Linear4bit" and getattr(weight, "quant_state", None) is not None:
-        return _Base(module, "4bit", module.out_features, module.in_features)
-    # bitsandbytes' own 8-bit layer also quantizes activations: no dense weight gives its results.
-    if kind == "WeightOnlyLinear8bit":
-        return _Base(module, "8bit", module.out_features, module.in_features)
-    return None
+def _base_of(module: Any) -> Any | None:
+    """``module`` if it is a linear layer whose product a dense weight gives, and nobody listens to it."""
+    return module if is_dense(module) and not _has_hooks(module) else None
 
 
 def _has_hooks(module: Any) -> bool:
@@ -210,19 +166,21 @@ def _is_compiled(model: nn.Module) -> bool:
 @torch.no_grad()
 def _dense_product(layer: _Layer, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """``x -> x W'^T + bias`` with W' = W + sum of scale * B A, summed in fp32 and rounded once to ``dtype``."""
-    weight = layer.base.read(torch.float32 if layer.updates else dtype)
+    weight = dense_weight(layer.base, torch.float32 if layer.updates else dtype)
+    if weight.data_ptr() == layer.base.weight.data_ptr():
+        weight = weight.clone(memory_format=torch.contiguous_format)  # nothing is merged into what is stored
     for scale, up, down in layer.updates:
         weight.addmm_(up.to(weight), down.to(weight), alpha=scale)
-    return _product(weight.to(dtype), layer.base.module.bias)
+    return _product(weight.to(dtype), layer.base.bias)
 
 
 def _block_product(layer: _Layer) -> Callable[..., torch.Tensor] | None:
     """The layer's own product cut into blocks, where that is all it computes and it gains; None elsewhere."""
-    weight = layer.base.module.weight
-    gains = weight.device.type == "cpu" and layer.base.out_features >= BLOCKED_FROM
-    if layer.updates or layer.base.kind != "float" or layer.base.is_stored or not gains:
+    weight = layer.base.weight
+    gains = weight.device.type == "cpu" and len(weight) >= BLOCKED_FROM
+    if layer.updates or type(layer.base) is not nn.Linear or not gains:
         return None
-    return _product(weight, layer.base.module.bias)
+    return _product(weight, layer.base.bias)
 
 
 def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[..., torch.Tensor]:

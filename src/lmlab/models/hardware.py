@@ -47,7 +47,7 @@ class Hardware:
         return {"bf16": "bf16-mixed", "fp16": "16-mixed"}[self.precision]
 
     def table(
-        self, *, flat: bool, checkpointing: bool, compiled: bool, optimizer: str
+        self, *, flat: bool, checkpointing: bool, compiled: bool, optimizer: str, chunked: bool, adapter: str
     ) -> list[tuple[str, str]]:
         """(what, choice and the key that changes it) of all that follows from the machine, for the start of a run."""
         cuda = self.device.type == "cuda"
@@ -55,8 +55,12 @@ class Hardware:
         products = f"{self.precision} products"
         if self.precision != "fp32":
             products += ", fp32 weights" if self.mixed else ", base and activations too"
-        kernel = "variable-length flash" if cuda and self.precision != "fp32" else "SDPA by length"
+        kernel = (
+            "variable-length flash where it serves" if cuda and self.precision != "fp32" else "SDPA by length"
+        )
         attention = f"packed documents, {kernel}" if flat else "padded or full rows, SDPA"
+        head = "in chunks" if chunked else "all logits at once: only the model itself knows its head"
+        lora = "fused LoRA, " if adapter in ("lora", "qlora") else ""
         fused = optimizer == "adamw" and self.precision != "fp16"
         return [
             (
@@ -65,11 +69,11 @@ class Hardware:
             ),
             ("precision", f"{products}: {self.reason} (trainer.precision)"),
             ("attention", f"{attention} (data.packing)"),
-            ("head, loss", "supervised positions only, in chunks"),
+            ("head, loss", f"supervised positions only, {head}"),
             ("memory", f"checkpointing {'on' if checkpointing else 'off'} (model.gradient_checkpointing)"),
             (
                 "kernels",
-                f"compiled layers {'on' if compiled else 'off'} (trainer.compile), fused LoRA, {'fused ' if fused else ''}{optimizer}",
+                f"compiled layers {'on' if compiled else 'off'} (trainer.compile), {lora}{'fused ' if fused else ''}{optimizer}",
             ),
         ]
 

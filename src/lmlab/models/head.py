@@ -12,8 +12,6 @@ head and loss on a GPU; this is the same idea in plain torch, for any device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -26,6 +24,7 @@ from lmlab.models import linear_loss
 from lmlab.models.attention import NAME, Documents
 from lmlab.models.footprint import is_fake
 from lmlab.models.linear_loss import PLAIN_TAIL, HeadLoss, Tail
+from lmlab.modes import evaluating
 from lmlab.records import PackedBatch
 from lmlab.registry import Config, losses
 
@@ -84,8 +83,14 @@ def loss_sum(model: Any, batch: PackedBatch, loss: LossConfig = NLL) -> torch.Te
         return loss.total(*own_logits(model, batch))
     labels = batch.labels.flatten()[batch.supervised_index]
     hidden = _supervised_hidden(base, batch)
-    kernel = HeadLoss(loss.label_smoothing, loss.z_loss) if type(loss) is CrossEntropy else loss.total
-    return linear_loss.total(hidden, labels, head=base.get_output_embeddings(), tail=tail, loss=kernel)
+    settings = HeadLoss(loss.label_smoothing, loss.z_loss) if type(loss) is CrossEntropy else None
+    head = base.get_output_embeddings()
+    return linear_loss.total(hidden, labels, head=head, tail=tail, loss=loss.total, cross_entropy=settings)
+
+
+def in_chunks(model: Any) -> bool:
+    """Whether head and loss go chunk by chunk; False: by the model's own logits, as its head could not be told."""
+    return _tail(base_model(model)) is not None
 
 
 def supervised_logits(model: Any, batch: PackedBatch) -> Supervised:
@@ -172,7 +177,7 @@ def _is_its_own(base: Any, tail: Tail) -> bool:
     batch = PackedBatch(ids, ids, torch.arange(8, device=base.device)[None], None, ids[0], 8)
     if base.config._attn_implementation == NAME:
         batch.cu_seqlens = torch.tensor([0, 8], dtype=torch.int32)
-    with _undisturbed(base), torch.no_grad():
+    with evaluating(base), torch.no_grad():
         own = base(**_inputs(batch)).logits[0].float()
         hidden = decoder(base)(**_inputs(batch)).last_hidden_state
         if hidden.shape[-1] != getattr(base.get_output_embeddings(), "in_features", hidden.shape[-1]):
@@ -181,15 +186,3 @@ def _is_its_own(base: Any, tail: Tail) -> bool:
     # The same products in the same type; a cap or scale may be rounded at another place in 16 bits.
     tolerance = 1e-5 if own.dtype == hidden.dtype == torch.float32 else 2e-2
     return bool((own - ours).abs().max() <= tolerance * own.abs().max().clamp(min=1e-30))
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so that two passes agree; no random number of the caller is used up."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from lmlab.models.quantize import StoredLinear
+
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """Of a chunk's fp32 logits: large enough for full-speed products, small beside the activations of a model."""
 
@@ -47,7 +49,13 @@ class HeadLoss(NamedTuple):
 
 
 def total(
-    hidden: torch.Tensor, labels: torch.Tensor, *, head: nn.Module, tail: Tail, loss: HeadLoss | Total
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    head: nn.Module,
+    tail: Tail,
+    loss: Total,
+    cross_entropy: HeadLoss | None = None,
 ) -> torch.Tensor:
     """Sum of the losses of ``tail(head(hidden))`` against ``labels``; fp32 scalar.
 
@@ -55,19 +63,19 @@ def total(
         hidden: ``[n, width]``; n may be 0, the result is then a zero that still has a graph.
         labels: int64 ``[n]``.
         head: the output embedding, bare or wrapped by PEFT.
-        loss: cross-entropy, or a function of fp32 ``logits [n, vocab]`` and labels that gives a sum.
+        loss: a function of fp32 ``logits [n, vocab]`` and labels that gives a sum.
+        cross_entropy: the same as settings, where that is what ``loss`` is.
     """
     matrix = _matrix(head)
-    if matrix is None or not isinstance(loss, HeadLoss):
-        function = loss if not isinstance(loss, HeadLoss) else _autograd_loss(loss)
+    if matrix is None or cross_entropy is None:
         parameters = tuple(p for p in head.parameters() if p.requires_grad)
-        return _ChunkedByAutograd.apply(hidden, labels, head, tail, function, *parameters)  # type: ignore[return-value]
+        return _ChunkedByAutograd.apply(hidden, labels, head, tail, loss, *parameters)  # type: ignore[return-value]
     hidden = hidden.to(_product_dtype(hidden, matrix))
     weight, bias = matrix.weight, matrix.bias
-    kernel = _cuda_kernel(hidden, bias, tail, loss)
+    kernel = _cuda_kernel(hidden, bias, tail, cross_entropy)
     if kernel is not None:
         return kernel(hidden, weight.to(hidden.dtype), labels)
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, tail, loss)  # type: ignore[return-value]
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, tail, cross_entropy)  # type: ignore[return-value]
 
 
 def head_output(head: nn.Module | Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -87,7 +95,7 @@ def _matrix(head: nn.Module | Any) -> nn.Linear | None:
         if head.disable_adapters or len(head.active_adapters) != 1:
             return None
         head = head.modules_to_save[head.active_adapters[0]]
-    plain = type(head) is nn.Linear or type(head).__name__ == "StoredLinear"
+    plain = type(head) in (nn.Linear, StoredLinear)
     return head if plain and not head._forward_hooks and not head._forward_pre_hooks else None  # type: ignore[return-value]
 
 
@@ -97,14 +105,6 @@ def _product_dtype(hidden: torch.Tensor, matrix: nn.Linear) -> torch.dtype:
         return torch.get_autocast_dtype(kind)
     stored = type(matrix) is not nn.Linear  # 16-bit storage multiplies in the type of its input
     return hidden.dtype if stored else matrix.weight.dtype
-
-
-def _autograd_loss(loss: HeadLoss) -> Total:
-    def function(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        value = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=loss.label_smoothing)
-        return value + loss.z_loss * logits.logsumexp(-1).square().sum() if loss.z_loss else value
-
-    return function
 
 
 def _chunks(rows: int, vocab: int, device: torch.device) -> list[slice]:

@@ -211,10 +211,31 @@ def _read(stored: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype)
 
 
 def is_dense(module: Any) -> bool:
-    """Whether `dense_weight` can read this layer."""
-    bnb = _bitsandbytes()
-    known = (StoredLinear, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    return type(module) is nn.Linear or isinstance(module, known) or _is_conv1d(module)
+    """Whether `dense_weight` gives this layer's own product; by exact class, as a subclass may compute something else.
+
+    bitsandbytes' own 8-bit layer also quantizes activations, so no dense weight gives its results. By name: to know
+    that a layer is none of bitsandbytes', that library need not be imported.
+    """
+    if getattr(module, "weight", None) is None:
+        return False
+    if type(module).__name__ == "Linear4bit":
+        return getattr(module.weight, "quant_state", None) is not None
+    return type(module) in (nn.Linear, StoredLinear) or type(module).__name__ in (
+        "Conv1D",
+        "WeightOnlyLinear8bit",
+    )
+
+
+def is_stored(module: Any) -> bool:
+    """Whether `dense_weight` converts: the weight is stored in another type than it is multiplied in."""
+    return type(module) is not nn.Linear and not _is_conv1d(module)
+
+
+def weight_shape(module: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer, whatever it is stored in."""
+    if _is_conv1d(module):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
 
 
 def dense_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -292,13 +313,8 @@ def linear_storage(model: Any) -> list[LinearStorage]:
         if module is head or not (isinstance(module, nn.Linear) or _is_conv1d(module)):
             continue
         layer: Any = module
-        shape = (
-            (layer.out_features, layer.in_features)
-            if isinstance(module, nn.Linear)
-            else (layer.weight.shape[1], layer.weight.shape[0])
-        )
         bits = 8 * sum(t.numel() * t.element_size() for t in _weight_tensors(layer))
-        found.append(LinearStorage(name, shape, bits))
+        found.append(LinearStorage(name, weight_shape(layer), bits))
     return found
 
 

@@ -116,8 +116,7 @@ def train_bpe(
         ) from error
     if not budget.used:
         raise UserError("no text to train a tokenizer on", where="tokenizer.kind=bpe", fix="check data.path")
-    size = backend.get_vocab_size()
-    if size < vocab_size:
+    if (size := backend.get_vocab_size()) < vocab_size:
         log.warning(
             "tokenizer: %d tokens instead of %d, the text has no more frequent pairs", size, vocab_size
         )
