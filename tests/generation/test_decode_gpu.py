@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.parity.tiny import VOCAB, random_model
+from tests.parity.tiny import VOCAB, random_model, transformers_greedy
 
 from lmlab.generation import graphs
 from lmlab.generation.decode import generate
@@ -48,24 +48,11 @@ def build(name: str) -> Any:
 
 def reference(model: Any) -> tuple[list[list[int]], list[int]]:
     """transformers' ids, and per row the first step whose two best logits are tied."""
-    width = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS]).cuda()
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS]).cuda()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=NEW,
-        pad_token_id=0,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    logits = torch.stack(out.logits, dim=1).float()
+    ids, logits = transformers_greedy(model, PROMPTS, max_new_tokens=NEW)
     best = logits.topk(2, dim=-1).values
     tied = ((best[..., 0] - best[..., 1]) / logits.abs().amax() < TIE).tolist()
     clear = [row.index(True) if True in row else NEW for row in tied]
-    return out.sequences[:, width:].tolist(), clear
+    return ids, clear
 
 
 def check(model: Any, eos: list[int]) -> None:

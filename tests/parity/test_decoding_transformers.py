@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tests.parity.tiny import ACCEPTED, VOCAB, random_model
+from tests.parity.tiny import ACCEPTED, VOCAB, random_model, transformers_greedy
 
 from lmlab.generation import decode
 from lmlab.generation.cache import filled_cache
@@ -43,29 +43,6 @@ MORE = ("bloom", "falcon", "mpt", "gptj", "codegen", "gpt_neo", "stablelm", "lla
 """Refused for flat rows, but decoded all the same."""
 
 
-def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
-
-
-def reference(model: Any) -> tuple[list[list[int]], torch.Tensor]:
-    """transformers' greedy ids and logits ``[rows, steps, vocab]``."""
-    ids, mask = padded(PROMPTS)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=NEW,
-        pad_token_id=0,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return out.sequences[:, ids.shape[1] :].tolist(), torch.stack(out.logits, dim=1).float()
-
-
 def own(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Generated], torch.Tensor]:
     """What is written here, and the logits in the prompts' order."""
     steps, real = [], decode._Batch.logits
@@ -86,7 +63,7 @@ def check(model: Any, *, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None
     """Equal up to the first tie of a row; nearly all tokens must have been compared."""
     if grouped:
         monkeypatch.setattr(decode, "_cost_of_one_more", lambda *args: 1)
-    expected, logits = reference(model)
+    expected, logits = transformers_greedy(model, PROMPTS, max_new_tokens=NEW)
     with ready_to_decode(model, compute_dtype=torch.float32, num_steps=64):
         found, own_logits = own(model, monkeypatch)
     scale, compared = logits.abs().max(), 0
@@ -104,7 +81,7 @@ def build(name: str) -> Any:
     return random_model(name, **CHANGES.get(name, {})).eval()
 
 
-FAST = ("llama", "gpt2", "gemma2", "qwen3", "mistral", "gpt_oss", "mamba")
+FAST = ("llama", "gpt2", "gemma2", "qwen3", "mistral", "gpt_oss")
 EVERY: list[Any] = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in (*ACCEPTED, *MORE)]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora_peft import distance, peft_model
+from test_lora_peft import peft_model
 from test_quantize_bitsandbytes import ALL, label, quantized
-from tiny import documents, flat, gradients, padded, random_model
+from tiny import distance, documents, flat, gradients, padded, random_model
 
 from lmlab.models import attention as packed
 from lmlab.models.attention import NAME, Documents, attention, use_packed_attention

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tiny import ACCEPTED, VOCAB, default_config, documents, flat, gradients, padded, random_model
+from tiny import ACCEPTED, VOCAB, default_config, distance, documents, flat, gradients, padded, random_model
 
 from lmlab.models import head, linear_loss
 from lmlab.models.attention import NAME, attention
@@ -33,10 +33,6 @@ LOSSES = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks even for these few tokens (16 positions each, the least there is)."""
     monkeypatch.setattr(linear_loss, "CHUNK_BYTES", {"cpu": 1})
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 def own_loss(model: Any, examples: Any, loss: CrossEntropy) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_quantize_bitsandbytes import ALL, label, quantized
-from tiny import documents, flat, random_model
+from tiny import distance, documents, flat, random_model
 
 from lmlab.models.attention import use_packed_attention
 from lmlab.models.build import enable_checkpointing
@@ -55,10 +55,6 @@ def step(model: Any, *, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     )
     model.zero_grad()
     return loss.detach(), grads
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("storage", ALL, ids=label)

@@ -12,6 +12,7 @@ from tiny import (
     ACCEPTED,
     WINDOW,
     default_config,
+    distance,
     documents,
     flat,
     gradients,
@@ -181,11 +182,6 @@ def test_against_eager_loss_and_gradient_of_single_documents(model_type: str) ->
         loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=RELATIVE)
     assert distance(gradients(model), reference) < RELATIVE
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative distance over all parameters together."""
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])

@@ -128,3 +128,28 @@ def gradients(model: Any) -> torch.Tensor:
     parts = [p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None]
     model.zero_grad()
     return torch.cat(parts)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative distance of whole vectors."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def transformers_greedy(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+) -> tuple[list[list[int]], torch.Tensor]:
+    """transformers' own greedy ids, left-padded and never ended, and their fp32 logits ``[rows, steps, vocab]``."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[:, width:].tolist(), torch.stack(out.logits, dim=1).float()
