@@ -142,8 +142,7 @@ def _build_base(
         "model/base_bytes": stored_bytes(model),
         "model/base_bits_per_param": sum(layer.bits for layer in storage) / max(1, params),
     }
-    if hardware.device.type == "cuda":  # on a CPU products are nearly all of the time, and it gains nothing
-        use_fused_layers(model)
+    use_fused_layers(model)
     return model, base_path, fingerprint, figures
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import (
     ACCEPTED,
+    ILL_CONDITIONED,
     WINDOW,
     default_config,
     distance,
@@ -35,6 +36,7 @@ from lmlab.records import Example
 
 pytestmark = pytest.mark.parity
 RELATIVE = 1e-5  # fp32 sums in another order; measured 1e-7 .. 2e-6
+ROUNDING = 1e-5  # as much again, where products over another number of rows round otherwise; measured 2e-6
 TYPES = [
     "llama",
     "mistral",
@@ -59,13 +61,12 @@ def flat_logits(model: Any, examples: Any) -> list[torch.Tensor]:
     """Logits of each document out of one flat row, every position."""
     batch = flat(examples)
     assert batch.cu_seqlens is not None
-    with torch.no_grad():
-        out = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            lmlab_documents=Documents(batch.cu_seqlens),
-        )
+    out = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        lmlab_documents=Documents(batch.cu_seqlens),
+    )
     return list(out.logits[0].split([len(e.input_ids) for e in examples]))
 
 
@@ -81,11 +82,12 @@ def test_against_eager_one_document_at_a_time_logits(model_type: str) -> None:
     use_packed_attention(model)
     assert (reference.config._attn_implementation, model.config._attn_implementation) == ("eager", NAME)
     examples = documents()
-    found, expected = flat_logits(model, examples), alone_logits(reference, examples)
-    assert relative(torch.cat(found), torch.cat(expected)) < RELATIVE
+    with torch.no_grad():
+        found, expected = flat_logits(model, examples), alone_logits(reference, examples)
+        assert relative(torch.cat(found), torch.cat(expected)) < RELATIVE
 
-    examples[0].input_ids.copy_(documents(seed=9)[0].input_ids)
-    changed = flat_logits(model, examples)
+        examples[0].input_ids.copy_(documents(seed=9)[0].input_ids)
+        changed = flat_logits(model, examples)
     assert not torch.equal(changed[0], found[0])
     assert all(torch.equal(a, b) for a, b in zip(changed[1:], found[1:], strict=True)), (
         "a document sees another"
@@ -116,22 +118,47 @@ def test_against_eager_one_document_at_a_time_gradients(model_type: str, checkpo
 
 def padded_logits(model: Any, examples: list[Example]) -> list[torch.Tensor]:
     """Logits of each document out of padded rows, one document each."""
-    with torch.no_grad():
-        rows = model(input_ids=padded(examples).input_ids, use_cache=False).logits
+    rows = model(input_ids=padded(examples).input_ids, use_cache=False).logits
     return [row[: len(e.input_ids)] for row, e in zip(rows, examples, strict=True)]
 
 
 def assert_apart(model: Any, logits: Any) -> None:
-    """Changing any document leaves the logits of every other exactly as they were."""
+    """Changing any document leaves the logits of every other exactly as they were.
+
+    Experts get all tokens routed to them as one matrix, whose product may round otherwise with another number of rows:
+    of such models the last bits may move, and what is exactly 0 is the gradient between documents.
+    """
     examples = documents()
-    before = logits(model, examples)
-    for changed in range(len(examples)):
-        others = list(examples)
-        others[changed] = documents(seed=7)[changed]
-        after = logits(model, others)
-        assert not torch.equal(after[changed], before[changed])
-        moved = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)]
-        assert [m for i, m in enumerate(moved) if i != changed] == [0.0] * (len(examples) - 1), changed
+    routed = any("experts" in name for name, _ in model.named_modules())
+    with torch.no_grad():
+        before = logits(model, examples)
+        allowed = ROUNDING * max(float(one.abs().max()) for one in before) if routed else 0.0
+        for changed in range(len(examples)):
+            others = list(examples)
+            others[changed] = documents(seed=7)[changed]
+            after = logits(model, others)
+            assert not torch.equal(after[changed], before[changed])
+            moved = [float((a - b).abs().max()) for a, b in zip(after, before, strict=True)]
+            assert max(m for i, m in enumerate(moved) if i != changed) <= allowed, (changed, moved)
+    if routed:
+        assert_no_path(model, logits, examples)
+
+
+def assert_no_path(model: Any, logits: Any, examples: list[Example]) -> None:
+    """The logits of each document have a gradient in its own embeddings and exactly 0 in those of every other."""
+    embedded: list[torch.Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: embedded.append(output.detach().requires_grad_()) or embedded[-1]
+    )
+    try:
+        made = logits(model, examples)
+    finally:
+        hook.remove()
+    lengths = [len(e.input_ids) for e in examples]
+    for own, one in enumerate(made):
+        (gradient,) = torch.autograd.grad(one.square().sum(), embedded[0], retain_graph=True)
+        parts = list(gradient[0].split(lengths)) if len(gradient) == 1 else list(gradient)
+        assert [bool(part.any()) for part in parts] == [i == own for i in range(len(parts))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -181,7 +208,7 @@ def test_against_eager_loss_and_gradient_of_single_documents(model_type: str) ->
         loss = F.cross_entropy(*supervised_logits(model, flat(examples)), reduction="sum")
         loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=RELATIVE)
-    assert distance(gradients(model), reference) < RELATIVE
+    assert distance(gradients(model), reference) < ILL_CONDITIONED.get(model_type, RELATIVE)
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])

@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 NAME = "lmlab_packed"
 MAX_WASTE = 1.25
+LONG = 32
+"""Mean tokens of documents from which, on a CPU, a call for each costs less than gathering them into rectangles."""
 _HARMLESS = {
     "position_ids",
     "use_cache",
@@ -54,6 +56,11 @@ class Documents:
         self.cu_seqlens, self.device = cu_seqlens, torch.device(device)
         self.lengths: list[int] = cu_seqlens.diff().tolist()
         self.longest = max(self.lengths, default=0)
+
+    @property
+    def long(self) -> bool:
+        """Whether the documents are long enough to be attended to one by one on a CPU."""
+        return sum(self.lengths) >= LONG * len(self.lengths)
 
     @cached_property
     def on_device(self) -> torch.Tensor:
@@ -149,6 +156,13 @@ def packed_attention(
     if dropout == 0 and softcap is None and s_aux is None and _varlen_serves(query, value):
         out = _varlen(flat[0], flat[1], flat[2], lmlab_documents, scaling=scaling, window=sliding_window)
         return out[None], None
+    rectangle = partial(
+        _rectangle, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux
+    )
+    if not query.is_cuda and lmlab_documents.long:
+        # Views of the row, whose backward is one concatenation: nothing is gathered, padded or scattered.
+        apart = zip(*(t.split(lmlab_documents.lengths, dim=2) for t in (query, key, value)), strict=True)
+        return torch.cat([rectangle(*parts).transpose(1, 2) for parts in apart], dim=1), None
     gather, scatter = lmlab_documents.rectangles
     apart = len(gather) > 1 or scatter is not None
     cells = []
@@ -157,10 +171,7 @@ def packed_attention(
             (t.index_select(0, index.flatten()) if apart else t).reshape(*index.shape, *t.shape[1:])
             for t in flat
         ]
-        out = _rectangle(
-            *(t.transpose(1, 2) for t in parts),
-            scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux,
-        )  # fmt: skip
+        out = rectangle(*(t.transpose(1, 2) for t in parts))
         cells.append(out.transpose(1, 2).reshape(index.numel(), out.shape[1], out.shape[3]))
     together = cells[0] if len(cells) == 1 else torch.cat(cells)
     return (together if scatter is None else together.index_select(0, scatter))[None], None
@@ -179,15 +190,19 @@ def _rectangle(
 ) -> torch.Tensor:
     """Causal attention of right-padded rows, ``[rows, heads, width, d]`` (fewer heads of keys and values) and out."""
     width, repeat = query.shape[2], query.shape[1] // key.shape[1]
-    if repeat > 1:
+    plain = softcap is None and sinks is None
+    # The CPU's kernel reads a head of keys for several of queries; on CUDA in fp32 none does but the slowest.
+    shares_heads = repeat > 1 and plain and not query.is_cuda
+    if repeat > 1 and not shares_heads:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
     mask = None
     if window is not None and window < width:
         mask = torch.ones(width, width, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    if softcap is None and sinks is None:
+    if plain:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-        )
+            query, key, value,
+            attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=shares_heads,
+        )  # fmt: skip
     if mask is None:
         mask = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()
     return _explicit(query, key, value, mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=sinks)

@@ -1,8 +1,8 @@
 """Norms and gated MLPs of a model with fewer intermediate tensors: the same arithmetic, checked layer by layer.
 
 transformers writes RMSNorm and SwiGLU as a row of elementwise operations, of which autograd keeps nearly every result:
-of a Llama layer's saved activations about half. Here RMSNorm is torch's own (one kernel on CUDA, arXiv 1910.07467) and
-``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs only. A module is switched if, and only if, the fused form
+of a Llama layer's saved activations about half. Here RMSNorm (arXiv 1910.07467) is torch's kernel on CUDA and keeps its
+input alone elsewhere, and ``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs. A module is switched if, and only if, the fused form
 gives its own forward's result on random input, so Gemma's (1 + weight) or a clipped gate stays as it is.
 """
 
@@ -44,7 +44,38 @@ class _FusedNorm:
         weight = self.weight
         if weight.dtype != hidden_states.dtype:  # under autocast the two may differ
             return super().forward(hidden_states)  # type: ignore[misc]
-        return F.rms_norm(hidden_states, weight.shape, weight, _epsilon(self))
+        if hidden_states.is_cuda:
+            return F.rms_norm(hidden_states, weight.shape, weight, _epsilon(self))
+        return _RMSNorm.apply(hidden_states, weight, _epsilon(self))  # type: ignore[return-value]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """``x / rms(x) * weight``, where torch has no kernel of its own; keeps x and one number a row.
+
+    With n = x / rms(x) and d the width: ``dx = (g w - n mean(g w n)) / rms(x)``, ``dw = sum of g n``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        exact = x.float()
+        inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = inverse.add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (exact * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        exact, grad = x.float(), grads[0].float()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * exact).mul_(inverse).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad * weight
+            along = torch.linalg.vecdot(grad_x, exact)[..., None].mul_(inverse.pow(3)).div_(-x.shape[-1])
+            grad_x = grad_x.mul_(inverse).addcmul_(exact, along).to(x.dtype)
+        return grad_x, grad_weight, None
 
 
 class _FusedGate:

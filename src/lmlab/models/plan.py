@@ -271,8 +271,7 @@ class _Simulation:
             fake_storage.apply(run.quant, model, compute_dtype=run.compute_dtype)
             if not run.mixed:
                 move_rest_to(model, run.compute_dtype)
-        if run.device_type == "cuda":
-            use_fused_layers(model, unchecked=True)
+        use_fused_layers(model, unchecked=True)
         self.standard_attention = str(model.config._attn_implementation)
         footprint.kind, footprint.mark = "adapter", ("load", "adapt")
         adapted = run.adapter.apply(model, seed=0)
