@@ -43,17 +43,24 @@ def load_for_use(name_or_path: str, *, accelerator: str = "auto", use_best: bool
     """
     from transformers.utils.logging import disable_progress_bar
 
+    from lmlab.models.build import hidden_size
     from lmlab.models.hardware import choose_hardware
 
     disable_progress_bar()
     path = _weights_folder(Path(name_or_path), use_best=use_best)
     info = read_json(path / "lmlab.json") if path is not None else {}
     storage = (info.get("quant") or {}).get("kind") if info.get("base_fingerprint") else None
-    hardware = choose_hardware(accelerator, "auto", frozen_storage=storage)
-    if path is not None and (path / "adapter_config.json").is_file():
-        model, tokenizer, generation_config = _load_adapter(path, info, hardware)
+    adapted = path is not None and (path / "adapter_config.json").is_file()
+    source = _base_of(path, info) if path is not None and adapted else str(path or name_or_path)
+    about = _stored_model(source, info.get("base_revision") if adapted else None)
+    hf_config = about.hf_config(None)
+    hardware = choose_hardware(
+        accelerator, "auto", frozen_storage=storage, hidden_size=hidden_size(hf_config)
+    )
+    if path is not None and adapted:
+        model, tokenizer, generation_config = _load_adapter(path, info, about, hf_config, hardware)
     else:
-        model, tokenizer = _load_plain(str(path) if path is not None else name_or_path, hardware)
+        model, tokenizer = _load_plain(about, hf_config, hardware)
         generation_config = model.generation_config
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     prompting = prompting_of(info, tokenizer)
@@ -86,19 +93,28 @@ def _stored_model(source: str, revision: str | None = None) -> Pretrained:
     )
 
 
-def _load_plain(source: str, hardware: Hardware) -> tuple[Any, Any]:
+def _base_of(path: Path, info: dict[str, Any]) -> str:
+    source = info.get("base") or read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not source:
+        raise UserError(
+            "the adapter does not name its base", where=str(path), fix="set base_model_name_or_path in it"
+        )
+    return source
+
+
+def _load_plain(about: Pretrained, hf_config: Any, hardware: Hardware) -> tuple[Any, Any]:
+    import torch
+
     from lmlab.models.build import build_model
     from lmlab.tokenizers import load_tokenizer
-
-    about = _stored_model(source)
-    hf_config = about.hf_config(None)
-    import torch
 
     model = build_model(about, hf_config, seed=0, dtype=torch.float32, device=hardware.device)
     return model, load_tokenizer(about.source)
 
 
-def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple[Any, Any, Any]:
+def _load_adapter(
+    path: Path, info: dict[str, Any], about: Pretrained, hf_config: Any, hardware: Hardware
+) -> tuple[Any, Any, Any]:
     """Base as it was trained on (same quantization, same fingerprint) with the adapter on it."""
     from peft import PeftModel
 
@@ -108,17 +124,11 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
     from lmlab.models.vocabulary import grow_embeddings, use_token_rows
     from lmlab.tokenizers import load_tokenizer, rows_needed
 
-    source = info.get("base") or read_json(path / "adapter_config.json").get("base_model_name_or_path")
-    if not source:
-        raise UserError(
-            "the adapter does not name its base", where=str(path), fix="set base_model_name_or_path in it"
-        )
-    about = _stored_model(source, info.get("base_revision"))
     quant = info.get("quant") or {"kind": "none"}
     quant_config: Any = quants.class_of(quant["kind"]).model_validate(quant)
     model = build_model(
         about,
-        about.hf_config(None),
+        hf_config,
         seed=0,
         dtype=load_dtype(quant_config, hardware.compute_dtype, mixed=hardware.mixed),
         device=hardware.device,
@@ -127,7 +137,7 @@ def _load_adapter(path: Path, info: dict[str, Any], hardware: Hardware) -> tuple
     if expected and base_fingerprint(model) != expected:
         raise UserError(
             "the adapter was trained on another base",
-            where=f"{path}, base {source}",
+            where=f"{path}, base {about.source}",
             fix="put the base back that it was trained on",
         )
     generation_config = model.generation_config

@@ -41,6 +41,7 @@ def device_and_precision(config: RunConfig) -> tuple[str, str]:
     import torch
 
     from lmlab.config.schema import mixed_precision_instead
+    from lmlab.models.build import hidden_size
     from lmlab.models.hardware import choose_hardware
 
     asked = mixed_precision_instead(config) or config.trainer.precision
@@ -48,7 +49,8 @@ def device_and_precision(config: RunConfig) -> tuple[str, str]:
         quiet = choose_hardware("cpu", "fp32")  # silences what the libraries say
         assert quiet.device.type == "cpu"
         return "cuda", "bf16" if asked == "auto" else asked
-    hardware = choose_hardware(config.trainer.accelerator, asked)
+    width = hidden_size(config.model.hf_config(None))
+    hardware = choose_hardware(config.trainer.accelerator, asked, hidden_size=width)
     return hardware.device.type, hardware.precision
 
 

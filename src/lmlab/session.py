@@ -80,6 +80,7 @@ class Session:
         import torch
 
         from lmlab.assemble import build_for_training
+        from lmlab.models.build import hidden_size
         from lmlab.models.hardware import choose_hardware
         from lmlab.models.memory import MemoryMeter
         from lmlab.planning import plan_beside
@@ -88,7 +89,12 @@ class Session:
         prepared = PreparedData.load(Path(read_json(self.run.info)["prepared"]))
         precision = mixed_precision_instead(config) or config.trainer.precision
         storage = config.quant.kind if config.adapter.freezes_base else None
-        hardware = choose_hardware(config.trainer.accelerator, precision, frozen_storage=storage)
+        hardware = choose_hardware(
+            config.trainer.accelerator,
+            precision,
+            frozen_storage=storage,
+            hidden_size=hidden_size(config.model.hf_config(None)),
+        )
         torch.manual_seed(config.seed + self.rank)
         meter = self.meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
         built = build_for_training(

@@ -69,6 +69,11 @@ class ModelConfig(Config):
         raise NotImplementedError
 
 
+def hidden_size(config: PretrainedConfig) -> int | None:
+    """Width of the residual stream, None where a config has no such field."""
+    return getattr(config.get_text_config(), "hidden_size", None)
+
+
 @models.register
 class Pretrained(ModelConfig):
     """Any causal LM that transformers can load.
