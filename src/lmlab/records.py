@@ -131,6 +131,9 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch with every tensor on ``device``; cu_seqlens stays on the CPU, where lengths are read."""
 
+        if device.type == "cpu" and self.input_ids.device.type == "cpu":
+            return self
+
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 

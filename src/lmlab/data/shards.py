@@ -169,7 +169,8 @@ class Shards:
                 where=str(self.folder),
                 fix="make it again: clear the cache folder, or run tokenize_corpus.py on it",
             )
-        return np.memmap(path, dtype, mode="r") if count else np.zeros(0, dtype)
+        # A plain view: numpy's own class costs a multiple of the read at each slice.
+        return np.asarray(np.memmap(path, dtype, mode="r")) if count else np.zeros(0, dtype)
 
     def read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 ``[end - start]`` and trained flags bool ``[end - start]`` of that stretch of the split's tokens."""

@@ -1,9 +1,10 @@
-"""Norms and gated MLPs of a model with fewer intermediate tensors: the same arithmetic, checked layer by layer.
+"""Norms, gated MLPs and GELUs of a model with fewer intermediate tensors: the same arithmetic, checked layer by layer.
 
 transformers writes RMSNorm and SwiGLU as a row of elementwise operations, of which autograd keeps nearly every result:
 of a Llama layer's saved activations about half. Here RMSNorm (arXiv 1910.07467) is torch's kernel on CUDA and keeps its
-input alone elsewhere, and ``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs. A module is switched if, and only if, the fused form
-gives its own forward's result on random input, so Gemma's (1 + weight) or a clipped gate stays as it is.
+input alone elsewhere, ``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs, and GPT-2's GELU is torch's. A module
+is switched if, and only if, the fused form gives its own forward's result on random input, so Gemma's (1 + weight) or a
+clipped gate stays as it is.
 """
 
 from __future__ import annotations
@@ -103,14 +104,21 @@ class _SiluMul(torch.autograd.Function):
         return grad_gate, grad_up
 
 
+class _FusedGelu:
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        return F.gelu(input, approximate="tanh")
+
+
 def _epsilon(module: Any) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def _fused_class(module: Any) -> type | None:
     """By what a module has; whether it also does the same is `_agrees`'s business."""
-    if isinstance(module, (_FusedNorm, _FusedGate)):
+    if isinstance(module, (_FusedNorm, _FusedGate, _FusedGelu)):
         return None
+    if isinstance(module, _activation("gelu_new")):
+        return _FusedGelu
     if type(module).__name__.endswith("RMSNorm"):
         weight = getattr(module, "weight", None)
         plain = isinstance(weight, nn.Parameter) and weight.ndim == 1 and isinstance(_epsilon(module), float)
@@ -119,20 +127,26 @@ def _fused_class(module: Any) -> type | None:
         isinstance(getattr(module, n, None), nn.Module) for n in ("gate_proj", "up_proj", "down_proj")
     )
     return (
-        _FusedGate if gated and isinstance(getattr(module, "act_fn", None), nn.SiLU | _silu_class()) else None
+        _FusedGate
+        if gated and isinstance(getattr(module, "act_fn", None), nn.SiLU | _activation("silu"))
+        else None
     )
 
 
-def _silu_class() -> type:
+def _activation(name: str) -> type:
     from transformers.activations import ACT2FN
 
-    return type(ACT2FN["silu"])
+    return type(ACT2FN[name])
 
 
 def _agrees(module: Any, fused: type) -> bool:
     """Whether the module's own forward gives the same on a random row, in eval mode."""
-    weight = module.weight if fused is _FusedNorm else next(module.gate_proj.parameters())
-    width = weight.shape[0] if fused is _FusedNorm else module.gate_proj.in_features
+    if fused is _FusedGelu:
+        weight, width = torch.empty(0), 64
+    elif fused is _FusedNorm:
+        weight, width = module.weight, module.weight.shape[0]
+    else:
+        weight, width = next(module.gate_proj.parameters()), module.gate_proj.in_features
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, width, generator=generator).to(weight.device, dtype)
