@@ -41,6 +41,7 @@ class Footprint(TorchDispatchMode):
 
     Args:
         granule: sizes are rounded up to a multiple of it.
+        keeps_below: blocks from this size on go back to the system when they are freed.
 
     Attributes:
         kind: what storages made from now on are for (``weights``, ``activations``, ...).
@@ -50,9 +51,9 @@ class Footprint(TorchDispatchMode):
         heap: mark -> the most bytes alive in ``small`` and, apart from that, in ``large`` blocks of malloc.
     """
 
-    def __init__(self, *, granule: int = 1) -> None:
+    def __init__(self, *, granule: int = 1, keeps_below: int = MALLOC_KEEPS_BELOW) -> None:
         super().__init__()
-        self.granule, self.kind = granule, "weights"
+        self.granule, self.keeps_below, self.kind = granule, keeps_below, "weights"
         self.live: Counter[str] = Counter()
         self.peaks: dict[tuple[Any, ...], Counter[str]] = {}
         self.heap: dict[tuple[Any, ...], Counter[str]] = {}
@@ -83,6 +84,11 @@ class Footprint(TorchDispatchMode):
         self._mark = name
         self._best = self.peaks[name].total() if name in self.peaks else -1
         self._note_peak()
+
+    @property
+    def blocks(self) -> Counter[str]:
+        """Bytes alive in ``small`` and in ``large`` blocks of malloc."""
+        return Counter({"small": self._total - self._large, "large": self._large})
 
     def assign(self, tensor: torch.Tensor, kind: str) -> None:
         """Say what an existing tensor is for."""
@@ -120,14 +126,14 @@ class Footprint(TorchDispatchMode):
         self._storages[key] = (self.kind, size, weakref.ref(storage, lambda _: self._forget(key)))
         self.live[self.kind] += size
         self._total += size
-        self._large += size if size >= MALLOC_KEEPS_BELOW else 0
+        self._large += size if size >= self.keeps_below else 0
         self._note_peak()
 
     def _forget(self, key: int) -> None:
         kind, size, _ = self._storages.pop(key)
         self.live[kind] -= size
         self._total -= size
-        self._large -= size if size >= MALLOC_KEEPS_BELOW else 0
+        self._large -= size if size >= self.keeps_below else 0
 
     def _note_peak(self) -> None:
         if not self._mark:

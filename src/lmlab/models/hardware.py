@@ -61,6 +61,7 @@ class Hardware:
         attention = f"packed documents, {kernel}" if flat else "padded or full rows, SDPA"
         head = "in chunks" if chunked else "all logits at once: only the model itself knows its head"
         lora = "fused LoRA, " if adapter in ("lora", "qlora") else ""
+        memory = "off" if not checkpointing else "on" if cuda else "on, freed blocks returned at once"
         fused = optimizer == "adamw" and self.precision != "fp16"
         return [
             (
@@ -70,7 +71,7 @@ class Hardware:
             ("precision", f"{products}: {self.reason} (trainer.precision)"),
             ("attention", f"{attention} (data.packing)"),
             ("head, loss", f"supervised positions only, {head}"),
-            ("memory", f"checkpointing {'on' if checkpointing else 'off'} (model.gradient_checkpointing)"),
+            ("memory", f"checkpointing {memory} (model.gradient_checkpointing)"),
             (
                 "kernels",
                 f"compiled layers {'on' if compiled else 'off'} (trainer.compile), {lora}{'fused ' if fused else ''}{optimizer}",

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+RETURNED_FROM = 1 << 20
+"""Bytes of a block from which `return_freed_blocks` has it given back as soon as it is freed."""
 PHASES = ("load", "forward", "backward", "optimizer", "eval", "generate")
 
 
@@ -54,11 +57,16 @@ class MemoryMeter:
         return self._phase
 
     def errors(self) -> dict[str, float]:
-        """``memory/<phase>/plan_error``: planned over the highest measured peak so far, less 1."""
+        """``memory/<phase>/plan_error``: planned growth over that of the highest measured peak so far, less 1.
+
+        Growth is what lies above `base_gb`, which is not planned but measured.
+        """
         both = self._planned.keys() & self._highest.keys()
+        grown = {phase: self._highest[phase] - self.base_gb for phase in sorted(both)}
         return {
-            f"memory/{phase}/plan_error": self._planned[phase] / self._highest[phase] - 1
-            for phase in sorted(both)
+            f"memory/{phase}/plan_error": (self._planned[phase] - self.base_gb) / growth - 1
+            for phase, growth in grown.items()
+            if growth > 0
         }
 
     def start(self, phase: str | None) -> None:
@@ -117,6 +125,20 @@ def release_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def return_freed_blocks() -> None:
+    """From now on blocks of `RETURNED_FROM` and more go back to the system when they are freed, where this is glibc.
+
+    Its heap otherwise keeps what checkpointing frees: between the activations that stay, 22 MB a layer of a Llama of 8
+    x 512 at 1,457 tokens were held where 3.5 were in use. Fresh pages cost time, a step without checkpointing about a
+    quarter, so this is for runs that trade time for memory anyway. MALLOC_MMAP_THRESHOLD_, if set, stays in force.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, RETURNED_FROM)  # M_MMAP_THRESHOLD
 
 
 def _status_gb(field: str) -> float:

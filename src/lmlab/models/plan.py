@@ -26,11 +26,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lmlab.models import fake_storage
 from lmlab.models.attention import attention, use_packed_attention
 from lmlab.models.build import ModelConfig, enable_checkpointing, standard_attention
-from lmlab.models.footprint import CUDA_GRANULE, Footprint
+from lmlab.models.footprint import CUDA_GRANULE, MALLOC_KEEPS_BELOW, Footprint
 from lmlab.models.fused import use_fused_layers
 from lmlab.models.hardware import move_rest_to
 from lmlab.models.head import base_model, loss_sum
-from lmlab.models.memory import PHASES
+from lmlab.models.memory import PHASES, RETURNED_FROM
 from lmlab.models.quantize import load_dtype
 from lmlab.records import PackedBatch
 
@@ -216,7 +216,10 @@ def _with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
 
 def _measure(run: PlannedRun, hf_config: PretrainedConfig) -> tuple[Moments, Moments]:
     fake_storage.prepare()
-    footprint = Footprint(granule=CUDA_GRANULE if run.device_type == "cuda" else 1)
+    footprint = Footprint(
+        granule=CUDA_GRANULE if run.device_type == "cuda" else 1,
+        keeps_below=RETURNED_FROM if run.model.gradient_checkpointing else MALLOC_KEEPS_BELOW,
+    )
     with footprint.active():
         simulation = _Simulation(run, hf_config, footprint)
         simulation.train()
@@ -374,7 +377,10 @@ class _Simulation:
         longest = footprint.live.copy()
         longest["activations"] = before + full + full // max(1, len(self.layers))
         footprint.peaks["generate", "cache"] = longest
-        footprint.heap["generate", "cache"] = Counter({"small": longest.total()})
+        heap = footprint.blocks
+        each = full // max(1, 2 * len(self.layers))  # keys and values of a layer
+        heap["large" if each >= footprint.keeps_below else "small"] += longest.total() - heap.total()
+        footprint.heap["generate", "cache"] = heap
 
 
 def _decoder_layers(model: Any, count: int | None) -> Sequence[torch.nn.Module]:
