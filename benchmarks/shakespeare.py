@@ -109,7 +109,7 @@ def own_figures(experiment: str, text: Path, *, steps: int, seed: int) -> dict[s
 
 
 def figures_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """``seconds``, ``ms_per_step`` and ``curve`` out of a run's log lines.
+    """``seconds``, ``ms_per_step``, ``curve`` and ``peak_rss_gb`` out of a run's log lines.
 
     A log point gives the tokens per second since the one before it, validation left out; so seconds add up.
     """
@@ -122,7 +122,13 @@ def figures_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
             seconds, tokens, last_step = seconds + took, line["train/tokens"], line["step"]
         if "val/loss" in line and line["step"] > 0:
             curve.append([line["step"], seconds, line["val/loss"]])
-    return {"seconds": seconds, "ms_per_step": statistics.median(per_step), "curve": curve}
+    peak = max(value for line in lines for key, value in line.items() if key.endswith("/peak_gb"))
+    return {
+        "seconds": seconds,
+        "ms_per_step": statistics.median(per_step),
+        "curve": curve,
+        "peak_rss_gb": peak,
+    }
 
 
 def table(runs: dict[str, list[dict[str, Any]]], text: str) -> str:
