@@ -203,11 +203,17 @@ def table(runs: Runs) -> str:
             cells.append(made.text(2) if made else "")
         ratio = paired_ratio(runs[first], some, "peak_rss_gb")
         cells.append(ratio.text(2) if ratio and name != first else "")
-        limit = spread(some, "share_of_limit")
-        cells.append(limit.text(2) if limit else "")
+        for key in ("share_of_limit", "share_of_limit_best_step"):
+            limit = spread(some, key)
+            cells.append(limit.text(2) if limit else "")
         rows.append(cells)
     header = ("", "tokens/s", "supervised tokens/s", f"{first} is faster by", "peak RSS GB")
-    more = ("RSS over imports GB", f"peak RSS of {first} over it", "share of the GEMM limit")
+    more = (
+        "RSS over imports GB",
+        f"peak RSS of {first} over it",
+        "share of the GEMM limit",
+        "in its best step",
+    )
     return markdown((*header, *more), rows)
 
 

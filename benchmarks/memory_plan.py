@@ -74,9 +74,12 @@ def measure(run: tuple[str, str, str, int, int, bool], folder: Path) -> dict[str
             if parts[0] == "memory" and len(parts) == 3:
                 phase = peaks.setdefault(parts[1], {})
                 phase[parts[2]] = max(value, phase.get(parts[2], 0.0))
-    worst = max(peaks, key=lambda phase: peaks[phase]["peak_gb"])
     summary = json.loads((folder / "sft" / name / "summary.json").read_text(encoding="utf-8"))
-    errors = {phase: summary[f"memory/{phase}/plan_error"] for phase in peaks}
+    found = {phase: summary.get(f"memory/{phase}/plan_error") for phase in peaks}
+    errors = {phase: error for phase, error in found.items() if error is not None}
+    if not errors:
+        raise SystemExit(f"{name}: no memory plan\n{done.stdout[-2000:]}")
+    worst = max(errors, key=lambda phase: peaks[phase]["peak_gb"])
     return {
         "run": name,
         "planned_gb": peaks[worst]["planned_gb"],

@@ -101,8 +101,7 @@ def run_once(contender: Contender, machine: Machine) -> dict[str, Any]:
         figures = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
     if not figures and not stopped:
         raise SystemExit(f"{contender.name}: wrote no figures to $BENCHMARK_OUT")
-    # A contender that does more than what is compared (a limit measured afterwards, a child) knows its own peak.
-    figures.setdefault("peak_rss_gb", peak)
+    figures["peak_rss_gb"] = max(peak, figures.get("peak_rss_gb", 0.0))
     if "rss_after_imports_gb" in figures:
         figures["rss_growth_gb"] = figures["peak_rss_gb"] - figures["rss_after_imports_gb"]
     figures.update(wall_seconds=seconds, load_before=load)
@@ -112,7 +111,7 @@ def run_once(contender: Contender, machine: Machine) -> dict[str, Any]:
 def _execute(
     command: Sequence[str], contender: Contender, machine: Machine, *, out: Path | None
 ) -> tuple[float, float, bool]:
-    """(seconds, peak GB of the process, whether it was stopped at its limit)."""
+    """(seconds, peak GB of the process until it has written its figures, whether it was stopped at its limit)."""
     environment = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": str(machine.threads), **contender.environment}
     if out is not None:
         environment["BENCHMARK_OUT"] = str(out)
@@ -132,7 +131,8 @@ def _execute(
         )  # the child goes too
         try:
             while process.poll() is None:
-                peak = max(peak, status_gb("VmHWM", process.pid))
+                if out is None or not out.is_file():  # what comes after is not compared
+                    peak = max(peak, status_gb("VmHWM", process.pid))
                 if time.perf_counter() - began > contender.limit:
                     stopped = True
                     break

@@ -53,10 +53,10 @@ def load_for_use(name_or_path: str, *, accelerator: str = "auto", use_best: bool
     adapted = path is not None and (path / "adapter_config.json").is_file()
     source = _base_of(path, info) if path is not None and adapted else str(path or name_or_path)
     about = _stored_model(source, info.get("base_revision") if adapted else None)
-    hf_config = about.hf_config(None)
     hardware = choose_hardware(
-        accelerator, "auto", frozen_storage=storage, hidden_size=hidden_size(hf_config)
+        accelerator, "auto", frozen_storage=storage, hidden_size=lambda: hidden_size(about.hf_config(None))
     )
+    hf_config = about.hf_config(None)
     if path is not None and adapted:
         model, tokenizer, generation_config = _load_adapter(path, info, about, hf_config, hardware)
     else:

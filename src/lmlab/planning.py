@@ -49,8 +49,9 @@ def device_and_precision(config: RunConfig) -> tuple[str, str]:
         quiet = choose_hardware("cpu", "fp32")  # silences what the libraries say
         assert quiet.device.type == "cpu"
         return "cuda", "bf16" if asked == "auto" else asked
-    width = hidden_size(config.model.hf_config(None))
-    hardware = choose_hardware(config.trainer.accelerator, asked, hidden_size=width)
+    hardware = choose_hardware(
+        config.trainer.accelerator, asked, hidden_size=lambda: hidden_size(config.model.hf_config(None))
+    )
     return hardware.device.type, hardware.precision
 
 
@@ -210,6 +211,8 @@ def cached_plan(run: PlannedRun, config: RunConfig) -> MemoryPlan:
 def _key(run: PlannedRun, config: RunConfig) -> str:
     import torch
 
+    from lmlab.models.memory import can_return_freed_blocks
+
     code = hashlib.sha256()
     for file in sorted((Path(__file__).parent / "models").glob("*.py")):
         code.update(file.read_bytes())
@@ -218,7 +221,8 @@ def _key(run: PlannedRun, config: RunConfig) -> str:
         *(part.model_dump(mode="json") for part in (run.model, run.quant, run.adapter, run.loss)),
         [config.optim.name, asdict(run.workload), str(run.compute_dtype), run.device_type],
         [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
-        [code.hexdigest(), torch.cuda.is_available()],  # without CUDA the CPU's kernels stand in for its own
+        # Without CUDA the CPU's kernels stand in for its own.
+        [code.hexdigest(), torch.cuda.is_available(), can_return_freed_blocks()],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -129,7 +129,7 @@ class PackedBatch:
     num_tokens: int
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch with every tensor on ``device``; cu_seqlens stays on the CPU, where lengths are read."""
+        """The batch with every tensor on ``device``, itself if it is there; cu_seqlens stays on the CPU, where lengths are read."""
 
         if device.type == "cpu" and self.input_ids.device.type == "cpu":
             return self

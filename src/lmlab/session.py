@@ -93,7 +93,7 @@ class Session:
             config.trainer.accelerator,
             precision,
             frozen_storage=storage,
-            hidden_size=hidden_size(config.model.hf_config(None)),
+            hidden_size=lambda: hidden_size(config.model.hf_config(None)),
         )
         if hardware.device.type == "cpu" and config.model.gradient_checkpointing:
             return_freed_blocks()

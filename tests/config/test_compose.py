@@ -226,3 +226,15 @@ def test_a_file_that_is_no_frozen_config_is_refused(tmp_path: Path, text: str | 
     with pytest.raises(UserError) as caught:
         load_frozen(file)
     assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(("model", "precision"), [("llama_tiny", "fp32"), ("llama_30m", "bf16")])
+def test_the_width_of_the_model_decides_about_a_cpu_s_bf16(
+    run_config: Compose, monkeypatch: pytest.MonkeyPatch, model: str, precision: str
+) -> None:
+    from lmlab.models import hardware
+    from lmlab.planning import device_and_precision
+
+    monkeypatch.setattr(hardware, "_has_amx", lambda: True)
+    config = run_config(f"model={model}", "tokenizer=bpe", "trainer.accelerator=cpu")
+    assert device_and_precision(config) == ("cpu", precision)

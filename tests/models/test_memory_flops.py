@@ -51,6 +51,16 @@ def test_a_peak_is_seen_in_its_own_phase_only(meter: MemoryMeter) -> None:
     assert read["memory/rss_gb"] == pytest.approx(read["memory/load/peak_gb"], abs=0.05)
 
 
+def test_phases_that_did_not_grow_and_loading_have_no_plan_error(meter: MemoryMeter) -> None:
+    with meter.phase("load"):
+        pass
+    meter.plan({"load": 0.1, "forward": 0.1, "eval": 0.1}, loaded_gb=0.0)
+    meter.base_gb += 1.0  # as if the process had been larger once
+    with meter.phase("forward"):
+        pass
+    assert meter.errors() == {}
+
+
 def test_a_phase_inside_a_phase(meter: MemoryMeter) -> None:
     meter.start("eval")
     with meter.phase("generate"):

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tiny import ACCEPTED, ILL_CONDITIONED, default_config, distance, documents, flat, gradients, random_model
+from transformers import AutoModelForCausalLM
 
 from lmlab.models.attention import use_packed_attention
-from lmlab.models.fused import use_fused_layers
+from lmlab.models.footprint import Footprint
+from lmlab.models.fused import _RMSNorm, use_fused_layers
 from lmlab.models.head import loss_sum
 from lmlab.models.probe import _twin
 
@@ -56,6 +58,35 @@ def test_a_bf16_model_and_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert error(fused) < 1.5 * error(model)
     assert error(fused.to(torch.bfloat16)) < 1.5 * error(model.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gemma", "gpt2", "qwen3", "olmo2"])
+def test_the_memory_plan_switches_what_a_run_switches(model_type: str) -> None:
+    real = random_model(model_type)
+    with Footprint().active():
+        fake = AutoModelForCausalLM.from_config(real.config)
+        planned = use_fused_layers(fake, unchecked=True)
+    assert planned == use_fused_layers(real)
+
+
+def test_a_norm_keeps_its_input_and_a_number_a_row() -> None:
+    kept: dict[int, int] = {}
+    x, weight = torch.randn(50, 64, requires_grad=True), torch.randn(64)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t
+    ):
+        held = _RMSNorm.apply(x, weight, 1e-6)
+    assert held.requires_grad
+    assert sorted(kept.values()) == [50, 64, 50 * 64]
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 4, 8), (8,), (0, 8)])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_norm_s_gradient_against_differences(shape: tuple[int, ...], trained: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(8, generator=generator, dtype=torch.double, requires_grad=trained)
+    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-6), (x, weight))
 
 
 def test_a_gate_keeps_its_two_inputs_only() -> None:

@@ -1,10 +1,10 @@
 """Packed attention: documents lie one after another in a flat row and never see one another.
 
 The linear layers of the model then run without any padding. On CUDA in 16 bits torch's variable-length flash
-attention takes the row as it is (`torch.nn.attention.varlen`). Everywhere else documents of similar length are
-gathered into one right-padded rectangle and go through one causal SDPA call; right padding needs no mask, because
-a causal query never looks to its right. Documents are grouped so that a rectangle is at most `MAX_WASTE` times
-what it holds.
+attention takes the row as it is (`torch.nn.attention.varlen`). On a CPU each document goes through a causal SDPA call of
+its own, as a view of the row. Where documents are short (`LONG`), and on CUDA in fp32, those of similar length are
+gathered into one right-padded rectangle and go through one call; right padding needs no mask, because a causal query
+never looks to its right. Documents are grouped so that a rectangle is at most `MAX_WASTE` times what it holds.
 
 Sliding windows, soft-capped scores, attention sinks and values of another width are honoured. An argument of an
 architecture that is not honoured raises instead of being dropped, as an ignored one would be silently wrong; which
@@ -159,7 +159,8 @@ def packed_attention(
     rectangle = partial(
         _rectangle, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux
     )
-    if not query.is_cuda and lmlab_documents.long:
+    # Compiled code would be unrolled over the documents, and made anew for another number of them.
+    if not query.is_cuda and lmlab_documents.long and not torch.compiler.is_compiling():
         # Views of the row, whose backward is one concatenation: nothing is gathered, padded or scattered.
         apart = zip(*(t.split(lmlab_documents.lengths, dim=2) for t in (query, key, value)), strict=True)
         return torch.cat([rectangle(*parts).transpose(1, 2) for parts in apart], dim=1), None
@@ -191,7 +192,7 @@ def _rectangle(
     """Causal attention of right-padded rows, ``[rows, heads, width, d]`` (fewer heads of keys and values) and out."""
     width, repeat = query.shape[2], query.shape[1] // key.shape[1]
     plain = softcap is None and sinks is None
-    # The CPU's kernel reads a head of keys for several of queries; on CUDA in fp32 none does but the slowest.
+    # The CPU's flash kernel reads a head of keys for several of queries; on CUDA in fp32 none does but the slowest.
     shares_heads = repeat > 1 and plain and not query.is_cuda
     if repeat > 1 and not shares_heads:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)

@@ -9,6 +9,7 @@ clipped gate stays as it is.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -16,19 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def use_fused_layers(model: nn.Module, *, unchecked: bool = False) -> int:
     """Switch what can be switched, in place; how many modules. Before adapters are put on.
 
     Args:
-        unchecked: of tensors without content (the memory plan), by names alone.
+        unchecked: of tensors without content (the memory plan): gates by names alone, norms with weights made up.
     """
     switched = 0
     with torch.no_grad():
         for module in list(model.modules()):
             fused = _fused_class(module)
-            if fused is not None and (unchecked or _agrees(module, fused)):
+            if fused is not None and (_would_agree(module, fused) if unchecked else _agrees(module, fused)):
                 module.__class__ = mixed_class(fused, type(module))
                 switched += 1
     return switched
@@ -51,14 +53,14 @@ class _FusedNorm:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``x / rms(x) * weight``, where torch has no kernel of its own; keeps x and one number a row.
+    """``x / rms(x) * weight``, where torch has no kernel for it in one; keeps x and one number a row.
 
     With n = x / rms(x) and d the width: ``dx = (g w - n mean(g w n)) / rms(x)``, ``dw = sum of g n``.
     """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        exact = x.float()
+        exact = _exact(x)
         inverse = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = inverse.add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
@@ -68,15 +70,20 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
-        exact, grad = x.float(), grads[0].float()
+        exact, grad = _exact(x), _exact(grads[0])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * exact).mul_(inverse).flatten(0, -2).sum(0).to(weight.dtype)
+            each = (grad * exact).mul_(inverse)
+            grad_weight = each.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = grad * weight
             along = torch.linalg.vecdot(grad_x, exact)[..., None].mul_(inverse.pow(3)).div_(-x.shape[-1])
             grad_x = grad_x.mul_(inverse).addcmul_(exact, along).to(x.dtype)
         return grad_x, grad_weight, None
+
+
+def _exact(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _FusedGate:
@@ -137,6 +144,17 @@ def _activation(name: str) -> type:
     from transformers.activations import ACT2FN
 
     return type(ACT2FN[name])
+
+
+def _would_agree(module: Any, fused: type) -> bool:
+    """`_agrees` of a module whose tensors have no content, tried with a weight that does not hide Gemma's 1 + weight."""
+    if fused is not _FusedNorm:
+        return True
+    with _disable_current_modes():
+        real = copy.copy(module)
+        weight = torch.linspace(0.5, 1.5, module.weight.shape[0], dtype=module.weight.dtype)
+        real.__dict__["_parameters"] = {**module._parameters, "weight": nn.Parameter(weight)}
+        return _agrees(real, fused)
 
 
 def _agrees(module: Any, fused: type) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from lmlab.models.memory import can_return_freed_blocks
 from lmlab.records import UserError
 
 
@@ -56,12 +58,13 @@ class Hardware:
         if self.precision != "fp32":
             products += ", fp32 weights" if self.mixed else ", base and activations too"
         kernel = (
-            "variable-length flash where it serves" if cuda and self.precision != "fp32" else "SDPA by length"
+            "variable-length flash where it serves" if cuda and self.precision != "fp32" else "SDPA for each"
         )
         attention = f"packed documents, {kernel}" if flat else "padded or full rows, SDPA"
         head = "in chunks" if chunked else "all logits at once: only the model itself knows its head"
         lora = "fused LoRA, " if adapter in ("lora", "qlora") else ""
-        memory = "off" if not checkpointing else "on" if cuda else "on, freed blocks returned at once"
+        returned = not cuda and can_return_freed_blocks()
+        memory = "off" if not checkpointing else "on, freed blocks returned at once" if returned else "on"
         fused = optimizer == "adamw" and self.precision != "fp16"
         return [
             (
@@ -88,14 +91,18 @@ A training step against fp32, 1,000 tokens, 2 cores: 0.8 of its speed at a width
 
 
 def choose_hardware(
-    accelerator: str, precision: str, *, frozen_storage: str | None = None, hidden_size: int | None = None
+    accelerator: str,
+    precision: str,
+    *,
+    frozen_storage: str | None = None,
+    hidden_size: Callable[[], int | None] = lambda: None,
 ) -> Hardware:
     """Device and precision from ``trainer.accelerator`` and ``trainer.precision``.
 
     Args:
         frozen_storage: how a frozen base is stored (``quant.kind``), None if it is trained. A base that is stored in
             few bits anyway keeps its other weights in bf16 where bf16 is what products are made in.
-        hidden_size: of the model; None: large enough for whatever the machine has.
+        hidden_size: of the model, asked for only where it decides; None: large enough for whatever the machine has.
 
     Raises:
         UserError: a GPU was asked for and there is none.
@@ -113,7 +120,7 @@ def choose_hardware(
     elif on_gpu and torch.cuda.is_bf16_supported():
         precision, reason = "bf16", "the GPU has bf16"
     elif not on_gpu and _has_amx():
-        wide = hidden_size is None or hidden_size >= AMX_WIDTH
+        wide = (hidden_size() or AMX_WIDTH) >= AMX_WIDTH
         precision = "bf16" if wide else "fp32"
         reason = "the CPU has AMX tiles" if wide else f"narrower than {AMX_WIDTH}, bf16 gains nothing"
     else:

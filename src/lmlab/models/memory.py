@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,9 +60,10 @@ class MemoryMeter:
     def errors(self) -> dict[str, float]:
         """``memory/<phase>/plan_error``: planned growth over that of the highest measured peak so far, less 1.
 
-        Growth is what lies above `base_gb`, which is not planned but measured.
+        Growth is what lies above `base_gb`, which is not planned but measured. On a CPU loading is left out: it is over
+        before that base is known, and imports that come later are in it.
         """
-        both = self._planned.keys() & self._highest.keys()
+        both = self._planned.keys() & self._highest.keys() - ({"load"} if not self.on_cuda else set())
         grown = {phase: self._highest[phase] - self.base_gb for phase in sorted(both)}
         return {
             f"memory/{phase}/plan_error": (self._planned[phase] - self.base_gb) / growth - 1
@@ -127,18 +129,22 @@ def release_free_memory() -> None:
         trim(0)
 
 
+def can_return_freed_blocks() -> bool:
+    """Whether `return_freed_blocks` acts: on glibc, unless the environment says what malloc is to do."""
+    told = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    return platform.libc_ver()[0] == "glibc" and not told
+
+
 def return_freed_blocks() -> None:
-    """From now on blocks of `RETURNED_FROM` and more go back to the system when they are freed, where this is glibc.
+    """From now on blocks of `RETURNED_FROM` and more go back to the system when they are freed.
 
     Its heap otherwise keeps what checkpointing frees: between the activations that stay, 22 MB a layer of a Llama of 8
     x 512 at 1,457 tokens were held where 3.5 were in use. Fresh pages cost time, a step without checkpointing about a
-    quarter, so this is for runs that trade time for memory anyway. MALLOC_MMAP_THRESHOLD_, if set, stays in force.
+    quarter, so this is for runs that trade time for memory anyway. It lasts as long as the process. Does nothing where
+    `can_return_freed_blocks` is False: MALLOC_MMAP_THRESHOLD_, if set, stays in force.
     """
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, RETURNED_FROM)  # M_MMAP_THRESHOLD
+    if can_return_freed_blocks():
+        ctypes.CDLL(None).mallopt(-3, RETURNED_FROM)  # M_MMAP_THRESHOLD
 
 
 def _status_gb(field: str) -> float:

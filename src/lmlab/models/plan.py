@@ -30,7 +30,7 @@ from lmlab.models.footprint import CUDA_GRANULE, MALLOC_KEEPS_BELOW, Footprint
 from lmlab.models.fused import use_fused_layers
 from lmlab.models.hardware import move_rest_to
 from lmlab.models.head import base_model, loss_sum
-from lmlab.models.memory import PHASES, RETURNED_FROM
+from lmlab.models.memory import PHASES, RETURNED_FROM, can_return_freed_blocks
 from lmlab.models.quantize import load_dtype
 from lmlab.records import PackedBatch
 
@@ -216,9 +216,10 @@ def _with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
 
 def _measure(run: PlannedRun, hf_config: PretrainedConfig) -> tuple[Moments, Moments]:
     fake_storage.prepare()
+    returned = run.model.gradient_checkpointing and can_return_freed_blocks()
     footprint = Footprint(
         granule=CUDA_GRANULE if run.device_type == "cuda" else 1,
-        keeps_below=RETURNED_FROM if run.model.gradient_checkpointing else MALLOC_KEEPS_BELOW,
+        keeps_below=RETURNED_FROM if returned else MALLOC_KEEPS_BELOW,
     )
     with footprint.active():
         simulation = _Simulation(run, hf_config, footprint)
