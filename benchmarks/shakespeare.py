@@ -4,7 +4,7 @@ Three contenders in fresh processes, one round after another, each with as many 
 
 - ``lean_gpt``: the baseline, 2,000 iterations with nanoGPT's settings;
 - ``lmlab gpt2``: experiment=shakespeare_gpt2, the same shape from transformers in `train.py`, logging as users have it;
-- ``lmlab fast``: experiment=shakespeare_fast, a preset with at most as many parameters, in 700 steps.
+- ``lmlab fast``: experiment=shakespeare_fast, a preset with at most as many parameters, in 780 steps.
 
 All are measured on the whole last tenth of the text in windows of 64, in nats per character. Time is that of training,
 validation left out. A run's text is any file, so `--text` with a book shows whether a gain carries over.
