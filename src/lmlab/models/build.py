@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from lmlab.registry import Config, models
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 EMBEDDED = "lmlab:tiny-base"
@@ -321,6 +323,14 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
+def decoder_layers(model: PreTrainedModel, count: int | None) -> Sequence[nn.Module]:
+    """The decoder's ``count`` layers in order; empty where they cannot be told."""
+    from torch.nn import ModuleList
+
+    lists = (m for m in model.modules() if isinstance(m, ModuleList) and len(m) == count)
+    return list(next(lists, ()))
 
 
 def compile_layers(model: Any) -> int:

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lmlab.models import fake_storage
 from lmlab.models.attention import attention, use_packed_attention
-from lmlab.models.build import ModelConfig, enable_checkpointing, standard_attention
+from lmlab.models.build import ModelConfig, decoder_layers, enable_checkpointing, standard_attention
 from lmlab.models.footprint import CUDA_GRANULE, MALLOC_KEEPS_BELOW, Footprint
 from lmlab.models.fused import use_fused_layers
 from lmlab.models.hardware import move_rest_to
@@ -253,7 +253,7 @@ class _Simulation:
         self.device = torch.device("cuda" if gpu else "cpu")
         self.phase = "load"
         self.model = self._build(hf_config)
-        self.layers = _decoder_layers(self.model, _num_layers(hf_config))
+        self.layers = decoder_layers(base_model(self.model), _num_layers(hf_config))
         self._follow_layers()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.trained:
@@ -382,14 +382,6 @@ class _Simulation:
         each = full // max(1, 2 * len(self.layers))  # keys and values of a layer
         heap["large" if each >= footprint.keeps_below else "small"] += longest.total() - heap.total()
         footprint.heap["generate", "cache"] = heap
-
-
-def _decoder_layers(model: Any, count: int | None) -> Sequence[torch.nn.Module]:
-    """The decoder's layers in order; empty where they cannot be told."""
-    for module in base_model(model).modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return list(module)
-    return []
 
 
 def _batch(lengths: Iterable[int], supervised: int, *, flat: bool, device: torch.device) -> PackedBatch:
