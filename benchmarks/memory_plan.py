@@ -1,7 +1,7 @@
 """Planned against measured memory: `python benchmarks/memory_plan.py [--json FILE]`; twelve runs of train.py on a CPU.
 
 Each configuration is a run of its own in a fresh process, as a user starts it, of two optimizer steps with a validation
-and samples; its plan and its peaks (resident set by phase) are read from its summary.json. Malloc is left as it is.
+and samples; its plan and its peaks (resident set by phase) are read from its summary.json. Malloc is left as lmlab sets it.
 The error of a run is that of its highest phase: planned over measured growth less 1, as the run's own summary.json gives
 it; growth is what lies above Python and its libraries. Target: within 10 %.
 """

@@ -162,8 +162,8 @@ def packed_attention(
     # Compiled code would be unrolled over the documents, and made anew for another number of them.
     if not query.is_cuda and lmlab_documents.long and not torch.compiler.is_compiling():
         # Views of the row, whose backward is one concatenation: nothing is gathered, padded or scattered.
-        apart = zip(*(t.split(lmlab_documents.lengths, dim=2) for t in (query, key, value)), strict=True)
-        return torch.cat([rectangle(*parts).transpose(1, 2) for parts in apart], dim=1), None
+        documents = zip(*(t.split(lmlab_documents.lengths, dim=2) for t in (query, key, value)), strict=True)
+        return torch.cat([rectangle(*parts).transpose(1, 2) for parts in documents], dim=1), None
     gather, scatter = lmlab_documents.rectangles
     apart = len(gather) > 1 or scatter is not None
     cells = []

@@ -58,7 +58,9 @@ class Hardware:
         if self.precision != "fp32":
             products += ", fp32 weights" if self.mixed else ", base and activations too"
         kernel = (
-            "variable-length flash where it serves" if cuda and self.precision != "fp32" else "SDPA for each"
+            "variable-length flash where it serves"
+            if cuda and self.precision != "fp32"
+            else "SDPA per document"
         )
         attention = f"packed documents, {kernel}" if flat else "padded or full rows, SDPA"
         head = "in chunks" if chunked else "all logits at once: only the model itself knows its head"

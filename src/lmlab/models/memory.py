@@ -138,7 +138,7 @@ def can_return_freed_blocks() -> bool:
 def return_freed_blocks() -> None:
     """From now on blocks of `RETURNED_FROM` and more go back to the system when they are freed.
 
-    Its heap otherwise keeps what checkpointing frees: between the activations that stay, 22 MB a layer of a Llama of 8
+    malloc's heap otherwise keeps what checkpointing frees: between the activations that stay, 22 MB a layer of a Llama of 8
     x 512 at 1,457 tokens were held where 3.5 were in use. Fresh pages cost time, a step without checkpointing about a
     quarter, so this is for runs that trade time for memory anyway. It lasts as long as the process. Does nothing where
     `can_return_freed_blocks` is False: MALLOC_MMAP_THRESHOLD_, if set, stays in force.
