@@ -82,7 +82,7 @@ class Session:
         from lmlab.assemble import build_for_training
         from lmlab.models.build import hidden_size
         from lmlab.models.hardware import choose_hardware
-        from lmlab.models.memory import MemoryMeter, return_freed_blocks
+        from lmlab.models.memory import MemoryMeter, keep_freed_blocks, return_freed_blocks
         from lmlab.planning import plan_beside
 
         config = self.config
@@ -95,8 +95,8 @@ class Session:
             frozen_storage=storage,
             hidden_size=lambda: hidden_size(config.model.hf_config(None)),
         )
-        if hardware.device.type == "cpu" and config.model.gradient_checkpointing:
-            return_freed_blocks()
+        if hardware.device.type == "cpu":
+            (return_freed_blocks if config.model.gradient_checkpointing else keep_freed_blocks)()
         torch.manual_seed(config.seed + self.rank)
         meter = self.meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
         built = build_for_training(

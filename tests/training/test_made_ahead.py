@@ -64,9 +64,10 @@ def test_against_the_bare_loader(tmp_path: Path, start_step: int) -> None:
     datamodule = LMDataModule(prepared, options(3, 2), seed=SEED, flat=True)
     datamodule.trainer = trainer_for(options(3, 2), tmp_path)
     datamodule.load_state_dict({"step": start_step})
-    ahead = datamodule.train_dataloader()
-    assert isinstance(ahead, MadeAhead)
-    pairs = zip(itertools.islice(ahead, 9), itertools.islice(ahead.source, 9), strict=True)
+    loader = datamodule.train_dataloader()
+    assert isinstance(loader, MadeAhead) == torch.cuda.is_available()
+    bare = loader.source if isinstance(loader, MadeAhead) else loader
+    pairs = zip(itertools.islice(MadeAhead(bare), 9), itertools.islice(bare, 9), strict=True)
     seen: list[PackedBatch] = []
     for batch, expected in pairs:
         assert torch.equal(batch.input_ids, expected.input_ids)

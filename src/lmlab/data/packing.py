@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from lmlab.data.order import BLANK
@@ -112,8 +113,9 @@ def shifted(tokens: np.ndarray, trained: np.ndarray) -> tuple[torch.Tensor, torc
 
     Tokens ``a b c`` with ``b`` and ``c`` trained give input ``a b`` and labels ``b c``. int64 ``[length - 1]`` each.
     """
-    ids = torch.from_numpy(tokens)
-    return ids[:-1], torch.where(torch.from_numpy(trained[1:]), ids[1:], IGNORE_INDEX)
+    # numpy's calls cost a fraction of torch's on arrays as short as a row.
+    labels = np.where(trained[1:], tokens[1:], IGNORE_INDEX)
+    return torch.from_numpy(tokens[:-1]), torch.from_numpy(labels)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -157,11 +159,13 @@ def collate_padded(examples: Sequence[Example]) -> PackedBatch:
     """
     if any(len(example.lengths) > 1 for example in examples):
         raise ValueError("packed rows need the flat layout")
-    width = max(len(example.input_ids) for example in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.int64)
-    labels = torch.full((len(examples), width), IGNORE_INDEX)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.input_ids)] = example.input_ids
-        labels[row, : len(example.labels)] = example.labels
+    rows = [example.input_ids for example in examples], [example.labels for example in examples]
+    if len({len(row) for row in rows[0]}) == 1:
+        ids, labels = (torch.stack(each) for each in rows)
+    else:
+        ids, labels = (
+            pad_sequence(each, batch_first=True, padding_value=fill)
+            for each, fill in zip(rows, (0, IGNORE_INDEX), strict=True)
+        )
     index = (labels.flatten() != IGNORE_INDEX).nonzero().squeeze(-1)
     return PackedBatch(ids, labels, None, None, index, sum(len(example.input_ids) for example in examples))

@@ -1,8 +1,9 @@
-"""Norms, gated MLPs and GELUs of a model with fewer intermediate tensors: the same arithmetic, checked layer by layer.
+"""Norms, gated MLPs, GELUs and squared ReLUs of a model with fewer intermediate tensors: the same arithmetic, checked layer by layer.
 
 transformers writes RMSNorm and SwiGLU as a row of elementwise operations, of which autograd keeps nearly every result:
 of a Llama layer's saved activations about half. Here RMSNorm (arXiv 1910.07467) is torch's kernel on CUDA and keeps its
-input alone elsewhere, ``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs, and GPT-2's GELU is torch's. A module
+input alone elsewhere, ``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs, GPT-2's GELU is torch's, and a squared
+ReLU keeps its positive part. A module
 is switched if, and only if, the fused form gives its own forward's result on random input, so Gemma's (1 + weight) or a
 clipped gate stays as it is.
 """
@@ -116,16 +117,39 @@ class _FusedGelu:
         return F.gelu(input, approximate="tanh")
 
 
+class _FusedReluSquared:
+    def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
+        return _ReluSquared.apply(input)  # type: ignore[return-value]
+
+
+class _ReluSquared(torch.autograd.Function):
+    """``relu(x)^2`` (Primer, arXiv 2109.08668); its slope is ``2 relu(x)``, where autograd takes a power and a threshold apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (positive,) = ctx.saved_tensors
+        return (grads[0] * positive).mul_(2)
+
+
 def _epsilon(module: Any) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
 def _fused_class(module: Any) -> type | None:
     """By what a module has; whether it also does the same is `_agrees`'s business."""
-    if isinstance(module, (_FusedNorm, _FusedGate, _FusedGelu)):
+    if isinstance(module, (_FusedNorm, _FusedGate, _FusedGelu, _FusedReluSquared)):
         return None
     if isinstance(module, _activation("gelu_new")):
         return _FusedGelu
+    if isinstance(module, _activation("relu2")):
+        return _FusedReluSquared
     if type(module).__name__.endswith("RMSNorm"):
         weight = getattr(module, "weight", None)
         plain = isinstance(weight, nn.Parameter) and weight.ndim == 1 and isinstance(_epsilon(module), float)
@@ -159,7 +183,7 @@ def _would_agree(module: Any, fused: type) -> bool:
 
 def _agrees(module: Any, fused: type) -> bool:
     """Whether the module's own forward gives the same on a random row, in eval mode."""
-    if fused is _FusedGelu:
+    if fused in (_FusedGelu, _FusedReluSquared):
         weight, width = torch.empty(0), 64
     elif fused is _FusedNorm:
         weight, width = module.weight, module.weight.shape[0]
