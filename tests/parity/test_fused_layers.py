@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
 import torch
 from tiny import ACCEPTED, ILL_CONDITIONED, default_config, distance, documents, flat, gradients, random_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmlab.models.attention import use_packed_attention
 from lmlab.models.footprint import Footprint
-from lmlab.models.fused import _RMSNorm, use_fused_layers
+from lmlab.models.fused import FusedRotary, _ReluSquared, _RMSNorm, use_fused_layers
 from lmlab.models.head import loss_sum
 from lmlab.models.probe import _twin
 
@@ -33,8 +34,9 @@ def step(model: Any) -> tuple[float, torch.Tensor]:
 def test_against_transformers_loss_and_gradients(model_type: str) -> None:
     model = _twin(default_config(model_type))
     fused = copy.deepcopy(model)
+    expected, reference = step(model)  # first: rotations are switched for all models of the type
     use_fused_layers(fused)
-    (expected, reference), (found, grads) = step(model), step(fused)
+    found, grads = step(fused)
     assert found == pytest.approx(expected, rel=RELATIVE)
     assert distance(grads, reference) < ILL_CONDITIONED.get(model_type, RELATIVE)
 
@@ -103,3 +105,67 @@ def test_a_gate_keeps_its_two_inputs_only() -> None:
     assert kept(model) == 3 * 50 * 96
     use_fused_layers(model)
     assert kept(model) == 2 * 50 * 96
+
+
+@pytest.mark.parametrize(
+    ("model_type", "switched"),
+    [(n, True) for n in ("llama", "qwen3", "gpt_neox", "gemma2", "mixtral")]
+    + [(n, False) for n in ("cohere", "glm4")],
+)
+def test_halves_are_rotated_anew_and_neighbouring_pairs_as_before(model_type: str, switched: bool) -> None:
+    model = random_model(model_type)
+    use_fused_layers(model)
+    own = vars(sys.modules[type(model).__module__])["apply_rotary_pos_emb"]
+    assert isinstance(own, FusedRotary) == switched
+
+
+def test_a_rotation_against_llama_s_own_in_every_layout() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    assert not isinstance(apply_rotary_pos_emb, FusedRotary)
+    fused = FusedRotary(apply_rotary_pos_emb)
+    generator = torch.Generator().manual_seed(0)
+    for batch, heads, kv, width, rows in ((2, 4, 2, 8, 2), (1, 2, 2, 6, 1), (3, 4, 1, 8, 1)):
+        # As the layers make them: a view of [batch, time, heads, width]; cos and sin of one row for all, or each its own.
+        q, k = (torch.randn(batch, 5, n, width, generator=generator).transpose(1, 2) for n in (heads, kv))
+        angles = torch.randn(rows, 5, width // 2, generator=generator).repeat(1, 1, 2)
+        q, k = q.requires_grad_(), k.requires_grad_()
+        found, expected = (f(q, k, angles.cos(), angles.sin()) for f in (fused, apply_rotary_pos_emb))
+        upstream = [torch.randn(out.shape, generator=generator) for out in found]
+        grads = [torch.autograd.grad(made, (q, k), upstream) for made in (found, expected)]
+        for ours, theirs in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_rotation_of_a_part_or_in_another_type_is_the_library_s() -> None:
+    called = []
+
+    def own(q: torch.Tensor, k: torch.Tensor, *told: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        called.append(named)
+        return q, k
+
+    fused, q, cos = FusedRotary(own), torch.randn(1, 2, 3, 8), torch.randn(1, 3, 8)
+    fused(q, q, cos[..., :4], cos[..., :4])
+    fused(q.bfloat16(), q.bfloat16(), cos, cos)
+    fused(q, q, cos, cos, unsqueeze_dim=2)
+    assert called == [{}, {}, {"unsqueeze_dim": 2}]
+    fused(q, q, cos, cos)
+    assert len(called) == 3
+
+
+def test_a_squared_relu_against_transformers_s_own_and_against_differences() -> None:
+    from transformers.activations import ACT2FN
+
+    x = torch.randn(4, 9, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(_ReluSquared.apply, (x,))
+    assert torch.equal(_ReluSquared.apply(x), ACT2FN["relu2"](x))
+    config = AutoConfig.for_model(
+        "gpt_neox", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        vocab_size=97, hidden_act="relu2",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    expected = step(copy.deepcopy(model))
+    assert use_fused_layers(model) == 2
+    found = step(model)
+    assert found[0] == pytest.approx(expected[0], rel=RELATIVE)
+    assert distance(found[1], expected[1]) < RELATIVE

@@ -1,16 +1,17 @@
-"""Norms, gated MLPs, GELUs and squared ReLUs of a model with fewer intermediate tensors: the same arithmetic, checked layer by layer.
+"""Norms, gated MLPs, activations and rotary embeddings of a model in fewer passes: the same arithmetic, checked.
 
-transformers writes RMSNorm and SwiGLU as a row of elementwise operations, of which autograd keeps nearly every result:
-of a Llama layer's saved activations about half. Here RMSNorm (arXiv 1910.07467) is torch's kernel on CUDA and keeps its
-input alone elsewhere, ``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs, GPT-2's GELU is torch's, and a squared
-ReLU keeps its positive part. A module
-is switched if, and only if, the fused form gives its own forward's result on random input, so Gemma's (1 + weight) or a
-clipped gate stays as it is.
+transformers writes these as rows of elementwise operations, of which autograd keeps nearly every result: of a Llama
+layer's saved activations about half. Here RMSNorm (arXiv 1910.07467) is torch's kernel on CUDA and keeps its input alone
+elsewhere, ``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs, a squared ReLU its positive part, GPT-2's GELU is
+torch's, and a rotation is three passes forward and three back. A layer is switched if, and only if, the fused form gives
+its own forward's result on random input, so Gemma's (1 + weight), a clipped gate or an interleaved rotation stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,7 @@ def use_fused_layers(model: nn.Module, *, unchecked: bool = False) -> int:
         unchecked: of tensors without content (the memory plan): gates by names alone, norms with weights made up.
     """
     switched = 0
+    _fuse_rotations(model)
     with torch.no_grad():
         for module in list(model.modules()):
             fused = _fused_class(module)
@@ -136,6 +138,83 @@ class _ReluSquared(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (positive,) = ctx.saved_tensors
         return (grads[0] * positive).mul_(2)
+
+
+Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class FusedRotary:
+    """In the place of a library's ``apply_rotary_pos_emb`` (arXiv 2104.09864), which its layers look up when they run.
+
+    Args:
+        own: the library's, for whatever is not the plain case.
+    """
+
+    def __init__(self, own: Rotation) -> None:
+        self.own = own
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        plain = (
+            cos.ndim == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.dtype == q.dtype == k.dtype
+        )
+        if more or named or not plain or torch.compiler.is_compiling():  # a compiler fuses by itself
+            return self.own(q, k, cos, sin, *more, **named)
+        return _Rotate.apply(q, k, cos[:, None], sin[:, None])  # type: ignore[return-value]
+
+
+class _Rotate(torch.autograd.Function):
+    """``x cos + (-x2, x1) sin`` of q and k ``[batch, heads, time, width]`` with x = (x1, x2)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, sin)
+        first, second = sin.chunk(2, -1)
+        return _turned(q, cos, -1, first, second), _turned(k, cos, -1, first, second)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, -1)
+        return *(_turned(grad, cos, 1, second, first) for grad in grads), None, None
+
+
+def _turned(
+    x: torch.Tensor, cos: torch.Tensor, sign: int, first: torch.Tensor, second: torch.Tensor
+) -> torch.Tensor:
+    """``x cos + sign (x2 first, -x1 second)``."""
+    out = x * cos
+    (left, right), (x1, x2) = out.chunk(2, -1), x.chunk(2, -1)
+    left.addcmul_(x2, first, value=sign)
+    right.addcmul_(x1, second, value=-sign)
+    return out
+
+
+def _fuse_rotations(model: nn.Module) -> None:
+    """Put `FusedRotary` into the modules that the model's layers are written in."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        own = getattr(sys.modules.get(name), "apply_rotary_pos_emb", None)
+        if own is not None and not isinstance(own, FusedRotary) and _rotates_alike(own):
+            sys.modules[name].apply_rotary_pos_emb = FusedRotary(own)  # type: ignore[attr-defined]
+
+
+def _rotates_alike(own: Rotation) -> bool:
+    with _disable_current_modes():
+        generator = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (4, 2))
+        angles = torch.randn(2, 3, 4, generator=generator).repeat(1, 1, 2)
+        told = (q, k, angles.cos(), angles.sin())
+        try:
+            expected = own(*told)
+        except (TypeError, RuntimeError, IndexError):  # it takes something else
+            return False
+        return all(
+            torch.allclose(e, f, atol=1e-5) for e, f in zip(expected, FusedRotary(own)(*told), strict=True)
+        )
 
 
 def _epsilon(module: Any) -> float | None:
