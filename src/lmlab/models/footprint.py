@@ -23,12 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lmlab.models.memory import KEPT_BELOW
+
 CUDA_GRANULE = 512
 """Bytes that sizes are rounded up to by torch's CUDA allocator (kMinBlockSize)."""
-
-MALLOC_KEEPS_BELOW = 32 << 20
-"""glibc's malloc maps blocks from this size on apart and unmaps them when freed; smaller ones come from its heap, which
-stays resident (M_MMAP_THRESHOLD grows up to DEFAULT_MMAP_THRESHOLD_MAX by itself)."""
 
 _DEVICE: Any = torch.ops.prim.device.default
 _FLOATING_BY_DEFAULT = frozenset(
@@ -51,7 +49,7 @@ class Footprint(TorchDispatchMode):
         heap: mark -> the most bytes alive in ``small`` and, apart from that, in ``large`` blocks of malloc.
     """
 
-    def __init__(self, *, granule: int = 1, keeps_below: int = MALLOC_KEEPS_BELOW) -> None:
+    def __init__(self, *, granule: int = 1, keeps_below: int = KEPT_BELOW) -> None:
         super().__init__()
         self.granule, self.keeps_below, self.kind = granule, keeps_below, "weights"
         self.live: Counter[str] = Counter()

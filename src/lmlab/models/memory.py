@@ -18,6 +18,9 @@ from pathlib import Path
 
 RETURNED_FROM = 1 << 20
 """Bytes of a block from which `return_freed_blocks` has it given back as soon as it is freed."""
+KEPT_BELOW, KEPT_AT_END = 32 << 20, 64 << 20
+"""Bytes of a block below which malloc's heap keeps it when it is freed, and of the free space that the heap may end in:
+M_MMAP_THRESHOLD and M_TRIM_THRESHOLD where glibc's own adjustment ends, and where `keep_freed_blocks` has it begin."""
 PHASES = ("load", "forward", "backward", "optimizer", "eval", "generate")
 
 
@@ -148,14 +151,14 @@ def return_freed_blocks() -> None:
 
 
 def keep_freed_blocks() -> None:
-    """From now on malloc keeps freed blocks below 32 MB for the next step, and up to 64 MB at the heap's end.
+    """From now on malloc keeps freed blocks below `KEPT_BELOW` for the next step, and up to `KEPT_AT_END` at the heap's end.
 
-    That is where glibc's own thresholds end after some large blocks; in a run of a small model they stay low, and every
-    step faults in up to a thousand pages anew that the step before gave back. Acts where `return_freed_blocks` does.
+    glibc's own thresholds get there after some large blocks only; in a run of a small model they stay low, and every step
+    faults in up to a thousand pages anew that the step before gave back. Acts where `return_freed_blocks` does.
     """
     if can_return_freed_blocks():
-        ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, KEPT_BELOW)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, KEPT_AT_END)  # M_TRIM_THRESHOLD
 
 
 def _status_gb(field: str) -> float:
