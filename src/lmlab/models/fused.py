@@ -1,7 +1,7 @@
 """Norms, gated MLPs, activations and rotary embeddings of a model in fewer passes: the same arithmetic, checked.
 
-transformers writes these as rows of elementwise operations, of which autograd keeps nearly every result: of a Llama
-layer's saved activations about half. Here RMSNorm (arXiv 1910.07467) is torch's kernel on CUDA and keeps its input alone
+transformers writes these as rows of elementwise operations, and autograd keeps nearly every result of norms and gates: of
+a Llama layer's saved activations about half. Here RMSNorm (arXiv 1910.07467) is torch's kernel on CUDA and keeps its input alone
 elsewhere, ``silu(gate) * up`` (arXiv 2002.05202) keeps its two inputs, a squared ReLU its positive part, GPT-2's GELU is
 torch's, and a rotation is three passes forward and three back. A layer is switched if, and only if, the fused form gives
 its own forward's result on random input, so Gemma's (1 + weight), a clipped gate or an interleaved rotation stays as it is.
@@ -10,9 +10,10 @@ its own forward's result on random input, so Gemma's (1 + weight), a clipped gat
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ def use_fused_layers(model: nn.Module, *, unchecked: bool = False) -> int:
         unchecked: of tensors without content (the memory plan): gates by names alone, norms with weights made up.
     """
     switched = 0
-    _fuse_rotations(model)
     with torch.no_grad():
         for module in list(model.modules()):
             fused = _fused_class(module)
@@ -141,27 +141,40 @@ class _ReluSquared(torch.autograd.Function):
 
 
 Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+ROTATION = "apply_rotary_pos_emb"
+"""What the libraries' attention layers call, a function of the module they are written in."""
 
 
 class FusedRotary:
-    """In the place of a library's ``apply_rotary_pos_emb`` (arXiv 2104.09864), which its layers look up when they run.
+    """In the place of a library's `ROTATION` (arXiv 2104.09864): q and k rotated in three passes where it is the plain case.
+
+    That is one type for q, k, cos and sin: under autocast q and k often come in 16 bits and cos in fp32, and it is the
+    library's.
 
     Args:
-        own: the library's, for whatever is not the plain case.
+        own: the library's.
     """
 
     def __init__(self, own: Rotation) -> None:
         self.own = own
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        plain = (
-            cos.ndim == 3 and cos.shape[-1] == q.shape[-1] == k.shape[-1] and cos.dtype == q.dtype == k.dtype
-        )
-        if more or named or not plain or torch.compiler.is_compiling():  # a compiler fuses by itself
-            return self.own(q, k, cos, sin, *more, **named)
+    def __call__(self, *told: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(told) != 4 or named or torch.compiler.is_compiling() or not _is_plain(*told):
+            return self.own(*told, **named)  # a compiler fuses by itself
+        q, k, cos, sin = told
         return _Rotate.apply(q, k, cos[:, None], sin[:, None])  # type: ignore[return-value]
+
+
+def _is_plain(q: Any, k: Any, cos: Any, sin: Any) -> bool:
+    return (
+        all(isinstance(x, torch.Tensor) for x in (q, k, cos, sin))
+        and q.ndim == k.ndim == 4
+        and cos.ndim == 3
+        and sin.shape == cos.shape
+        and q.shape[-2:] == k.shape[-2:] == cos.shape[-2:]
+        and q.dtype == k.dtype == cos.dtype == sin.dtype
+        and not (cos.requires_grad or sin.requires_grad)
+    )
 
 
 class _Rotate(torch.autograd.Function):
@@ -194,27 +207,50 @@ def _turned(
     return out
 
 
-def _fuse_rotations(model: nn.Module) -> None:
-    """Put `FusedRotary` into the modules that the model's layers are written in."""
-    for name in {type(module).__module__ for module in model.modules()}:
-        own = getattr(sys.modules.get(name), "apply_rotary_pos_emb", None)
-        if own is not None and not isinstance(own, FusedRotary) and _rotates_alike(own):
-            sys.modules[name].apply_rotary_pos_emb = FusedRotary(own)  # type: ignore[attr-defined]
+@cache
+def _rotating(own: type) -> type | None:
+    """A class whose ``forward`` is that of ``own`` with `FusedRotary` for its rotation; None: it has none, or another.
+
+    The function is the same code with a global of its own, so that no other model of the process is touched.
+    """
+    forward = inspect.getattr_static(own, "forward", None)
+    if not isinstance(forward, FunctionType) or ROTATION not in forward.__code__.co_names:
+        return None
+    rotation = forward.__globals__.get(ROTATION)
+    if rotation is None or isinstance(rotation, FusedRotary) or not _rotates_alike(rotation):
+        return None
+    names = {**forward.__globals__, ROTATION: FusedRotary(rotation)}
+    code = forward.__code__.replace()  # another object, as torch.compile keeps what it knows by code object
+    switched = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    switched.__kwdefaults__ = forward.__kwdefaults__
+    return type("_FusedRotation", (), {"forward": switched})
 
 
-def _rotates_alike(own: Rotation) -> bool:
-    with _disable_current_modes():
-        generator = torch.Generator().manual_seed(0)
-        q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (4, 2))
-        angles = torch.randn(2, 3, 4, generator=generator).repeat(1, 1, 2)
-        told = (q, k, angles.cos(), angles.sin())
+def _rotates_alike(own: Callable[..., Any]) -> bool:
+    """Whether ``own`` gives what `_Rotate` gives: in fp32, and in bf16 no nearer to the exact result."""
+    generator = torch.Generator().manual_seed(0)
+    with _disable_current_modes(), torch.no_grad():
+        q, k = (torch.randn(2, heads, 3, 32, generator=generator) for heads in (4, 2))
+        angles = torch.randn(2, 3, 16, generator=generator).repeat(1, 1, 2)
+        exact = (q, k, angles.cos(), angles.sin())
+        rounded = tuple(x.bfloat16() for x in exact)
         try:
-            expected = own(*told)
-        except (TypeError, RuntimeError, IndexError):  # it takes something else
+            owns, short = own(*exact), own(*rounded)
+            if len(owns) != 2 or any(
+                o.shape != x.shape or o.dtype != x.dtype for o, x in zip(owns, exact, strict=False)
+            ):
+                return False
+            fused, fused_short = FusedRotary(own)(*exact), FusedRotary(own)(*rounded)
+            reference = FusedRotary(own)(*(x.double() for x in rounded))
+            # Some rotate in fp32 whatever they are given: these stay.
+            errors = [_error(found, reference) for found in (fused_short, short)]
+            return all(map(torch.allclose, owns, fused, [1e-5] * 2, [1e-5] * 2)) and errors[0] <= errors[1]
+        except Exception:  # it takes or gives something else
             return False
-        return all(
-            torch.allclose(e, f, atol=1e-5) for e, f in zip(expected, FusedRotary(own)(*told), strict=True)
-        )
+
+
+def _error(found: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:
+    return sum((f.double() - r).abs().mean().item() for f, r in zip(found, reference, strict=True))
 
 
 def _epsilon(module: Any) -> float | None:
@@ -225,6 +261,8 @@ def _fused_class(module: Any) -> type | None:
     """By what a module has; whether it also does the same is `_agrees`'s business."""
     if isinstance(module, (_FusedNorm, _FusedGate, _FusedGelu, _FusedReluSquared)):
         return None
+    if (rotating := _rotating(type(module))) is not None:
+        return rotating
     if isinstance(module, _activation("gelu_new")):
         return _FusedGelu
     if isinstance(module, _activation("relu2")):
@@ -262,6 +300,8 @@ def _would_agree(module: Any, fused: type) -> bool:
 
 def _agrees(module: Any, fused: type) -> bool:
     """Whether the module's own forward gives the same on a random row, in eval mode."""
+    if fused.__name__ == "_FusedRotation":
+        return True  # tried out by itself, as its layer takes more than a row
     if fused in (_FusedGelu, _FusedReluSquared):
         weight, width = torch.empty(0), 64
     elif fused is _FusedNorm:

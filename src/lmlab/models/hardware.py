@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lmlab.models.memory import can_return_freed_blocks
+from lmlab.models.memory import can_tune_malloc
 from lmlab.records import UserError
 
 
@@ -65,7 +65,7 @@ class Hardware:
         attention = f"packed documents, {kernel}" if flat else "padded or full rows, SDPA"
         head = "in chunks" if chunked else "all logits at once: only the model itself knows its head"
         lora = "fused LoRA, " if adapter in ("lora", "qlora") else ""
-        returned = not cuda and can_return_freed_blocks()
+        returned = not cuda and can_tune_malloc()
         memory = "off" if not checkpointing else "on, freed blocks returned at once" if returned else "on"
         fused = optimizer == "adamw" and self.precision != "fp16"
         return [

@@ -132,33 +132,44 @@ def release_free_memory() -> None:
         trim(0)
 
 
-def can_return_freed_blocks() -> bool:
+def can_tune_malloc() -> bool:
     """Whether `return_freed_blocks` and `keep_freed_blocks` act: on glibc, unless the environment says what malloc is to do."""
-    told = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
+    variables = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    told = variables or "mmap_threshold" in tunables or "trim_threshold" in tunables
     return platform.libc_ver()[0] == "glibc" and not told
 
 
 def return_freed_blocks() -> None:
-    """From now on blocks of `RETURNED_FROM` and more go back to the system when they are freed.
+    """From now on blocks of `RETURNED_FROM` and more go back to the system when they are freed, until `keep_freed_blocks`.
 
     malloc's heap otherwise keeps what checkpointing frees: between the activations that stay, 22 MB a layer of a Llama of 8
     x 512 at 1,457 tokens were held where 3.5 were in use. Fresh pages cost time, a step without checkpointing about a
-    quarter, so this is for runs that trade time for memory anyway. It lasts as long as the process. Does nothing where
-    `can_return_freed_blocks` is False: MALLOC_MMAP_THRESHOLD_, if set, stays in force.
+    quarter, so this is for runs that trade time for memory anyway. Does nothing where `can_tune_malloc` is False.
     """
-    if can_return_freed_blocks():
-        ctypes.CDLL(None).mallopt(-3, RETURNED_FROM)  # M_MMAP_THRESHOLD
+    _set_malloc(mapped_from=RETURNED_FROM, kept_at_end=128 << 10)
 
 
 def keep_freed_blocks() -> None:
     """From now on malloc keeps freed blocks below `KEPT_BELOW` for the next step, and up to `KEPT_AT_END` at the heap's end.
 
     glibc's own thresholds get there after some large blocks only; in a run of a small model they stay low, and every step
-    faults in up to a thousand pages anew that the step before gave back. Acts where `return_freed_blocks` does.
+    faults in up to a thousand pages anew that the step before gave back. Does nothing where `can_tune_malloc` is False.
     """
-    if can_return_freed_blocks():
-        ctypes.CDLL(None).mallopt(-3, KEPT_BELOW)  # M_MMAP_THRESHOLD
-        ctypes.CDLL(None).mallopt(-1, KEPT_AT_END)  # M_TRIM_THRESHOLD
+    _set_malloc(mapped_from=KEPT_BELOW, kept_at_end=KEPT_AT_END)
+
+
+def kept_by_malloc(*, checkpointing: bool) -> tuple[int, int]:
+    """(size below which freed blocks stay in the heap, bytes of holes to reckon with) in a run on a CPU."""
+    if not can_tune_malloc():
+        return KEPT_BELOW, 0
+    return (RETURNED_FROM, 0) if checkpointing else (KEPT_BELOW, KEPT_AT_END)
+
+
+def _set_malloc(*, mapped_from: int, kept_at_end: int) -> None:
+    if can_tune_malloc():
+        ctypes.CDLL(None).mallopt(-3, mapped_from)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, kept_at_end)  # M_TRIM_THRESHOLD
 
 
 def _status_gb(field: str) -> float:

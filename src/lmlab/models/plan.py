@@ -6,8 +6,8 @@ and with 4 layers and extended linearly: layers that are alike add the same byte
 exact as long as each moment (the first layers, the last ones, the head) is extended on its own and the highest one
 is taken afterwards.
 
-GB are 10^9 bytes. Not in the plan: the CUDA context (some 0.5 GB that torch does not see), fragmentation, and scratch
-memory inside of kernels.
+GB are 10^9 bytes. Of malloc's heap on a CPU an allowance is in the plan (``kept free``). Not in it: the CUDA context (some
+0.5 GB that torch does not see), fragmentation on a GPU, and scratch memory inside of kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lmlab.models.footprint import CUDA_GRANULE, Footprint
 from lmlab.models.fused import use_fused_layers
 from lmlab.models.hardware import move_rest_to
 from lmlab.models.head import base_model, loss_sum
-from lmlab.models.memory import KEPT_AT_END, KEPT_BELOW, PHASES, RETURNED_FROM, can_return_freed_blocks
+from lmlab.models.memory import PHASES, kept_by_malloc
 from lmlab.models.quantize import load_dtype
 from lmlab.records import PackedBatch
 
@@ -41,8 +41,16 @@ if TYPE_CHECKING:
     from lmlab.models.head import LossConfig
     from lmlab.models.quantize import QuantConfig
 
-LIVE = ("weights", "adapter", "gradients", "optimizer", "activations", "head and loss", "workspace")
-KINDS = (*LIVE, "kept free")
+KINDS = [
+    "weights",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "activations",
+    "head and loss",
+    "workspace",
+    "kept free",
+]
 """What memory is for; ``kept free`` is what malloc keeps on a CPU of blocks that were freed."""
 WHOLE_UP_TO = 7  # layers up to which a model is run whole: 3 + 4 of them would take longer
 
@@ -129,11 +137,6 @@ class PlannedRun:
     device_type: str
     mixed: bool = True
 
-    @property
-    def returns_freed(self) -> bool:
-        """Whether malloc gives freed blocks back."""
-        return self.model.gradient_checkpointing and can_return_freed_blocks()
-
 
 def plan(run: PlannedRun, *, whole: bool = False) -> MemoryPlan:
     """Planned peaks of every phase.
@@ -145,12 +148,11 @@ def plan(run: PlannedRun, *, whole: bool = False) -> MemoryPlan:
         Exception: whatever the model's own code raises without values, as where tokens are routed by value.
     """
     layers = _num_layers(run.hf_config)
-    told = {"on_cpu": run.device_type == "cpu", "holes": 0 if run.returns_freed else KEPT_AT_END}
     if whole or layers is None or layers <= WHOLE_UP_TO or not _alike(run.hf_config):
-        return _collect(*_measure(run, run.hf_config), layers=(layers or 0, layers or 0), **told)
+        return _collect(run, *_measure(run, run.hf_config), layers=(layers or 0, layers or 0))
     short, longer = (_measure(run, _with_layers(run.hf_config, n)) for n in (3, 4))
     peaks, heap = (_extended(low, high, layers - 3) for low, high in zip(short, longer, strict=True))
-    return _collect(peaks, heap, layers=(layers, 7), **told)
+    return _collect(run, peaks, heap, layers=(layers, 7))
 
 
 def _extended(short: Moments, longer: Moments, times: int) -> Moments:
@@ -165,21 +167,19 @@ def _extended(short: Moments, longer: Moments, times: int) -> Moments:
     return extended
 
 
-def _collect(
-    peaks: Moments, heap: Moments, *, layers: tuple[int, int], on_cpu: bool, holes: int
-) -> MemoryPlan:
+def _collect(run: PlannedRun, peaks: Moments, heap: Moments, *, layers: tuple[int, int]) -> MemoryPlan:
     phases = {}
     # Small blocks that any phase of the loop has once used stay with the process; loading is over before the loop.
     kept = max(blocks["small"] for (phase, _), blocks in heap.items() if phase != "load")
     # What is free between them and at the heap's end: in twelve measured runs 26 to 180 MB, mostly 60 to 110.
-    kept += min(holes, kept)
+    kept += min(kept_by_malloc(checkpointing=run.model.gradient_checkpointing)[1], kept)
     for phase in PHASES:
         moments = [live for (name, _), live in peaks.items() if name == phase]
         if not moments:
             continue
         highest = max(moments, key=lambda live: live.total())
         phases[phase] = {kind: max(0, highest[kind]) for kind in KINDS}
-        if on_cpu and phase != "load":
+        if run.device_type == "cpu" and phase != "load":
             large = max(blocks["large"] for (name, _), blocks in heap.items() if name == phase)
             phases[phase]["kept free"] = max(0, large + kept - highest.total())
     return MemoryPlan(phases, layers)
@@ -219,7 +219,7 @@ def _measure(run: PlannedRun, hf_config: PretrainedConfig) -> tuple[Moments, Mom
     fake_storage.prepare()
     footprint = Footprint(
         granule=CUDA_GRANULE if run.device_type == "cuda" else 1,
-        keeps_below=RETURNED_FROM if run.returns_freed else KEPT_BELOW,
+        keeps_below=kept_by_malloc(checkpointing=run.model.gradient_checkpointing)[0],
     )
     with footprint.active():
         simulation = _Simulation(run, hf_config, footprint)

@@ -90,6 +90,11 @@ class LMDataModule(LightningDataModule):
         self.collate = collate_flat if flat else collate_padded
         self.start_step = 0
 
+    def rows_of_step(self, step: int) -> list[int]:
+        """Training rows of one optimizer step (0 is the first), over all ranks."""
+        order, size = self.prepared.order(self.train_rows, seed=self.seed), self.options.rows_per_step
+        return [order[index] for index in range(step * size, (step + 1) * size)]
+
     def train_dataloader(self) -> Iterable[PackedBatch]:
         """Endless; its position is the trainer's optimizer step, so that resuming needs no other state."""
         assert self.trainer is not None
@@ -102,7 +107,8 @@ class LMDataModule(LightningDataModule):
             start_step=self.start_step,
         )
         loader = self._loader(self.train_rows, batches)
-        return MadeAhead(loader) if torch.cuda.is_available() and not self.options.num_workers else loader
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        return MadeAhead(loader) if on_gpu and not self.options.num_workers else loader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """This rank's share of the validation rows."""
