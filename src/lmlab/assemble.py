@@ -6,7 +6,9 @@ The one place that knows the order (build -> load weights -> quantize -> adapt) 
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
@@ -19,7 +21,7 @@ from lmlab.data.chat import end_mark
 from lmlab.data.chat_templates import chat_renderer, special_tokens, use_chat_template
 from lmlab.data.formats import Prompting
 from lmlab.data.prepared import PreparedData
-from lmlab.journal import RunDir, read_json, write_json
+from lmlab.journal import RunDir, beside, publish_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from lmlab.config.schema import RunConfig
@@ -285,23 +287,57 @@ def weights_info(
 def save_weights(
     model: Any, tokenizer: Any, folder: Path, *, base_path: str | None, info: dict[str, Any]
 ) -> None:
-    """``folder/adapter`` (loads with PEFT alone) or ``folder/model`` (loads with transformers alone), by rename."""
+    """``folder/adapter`` (loads with PEFT alone) or ``folder/model`` (loads with transformers alone), by rename.
+
+    Raises:
+        OSError: they cannot be written; what stood there before stands there still.
+    """
+    from safetensors import SafetensorError
+
     is_adapter = hasattr(model, "peft_config")
     target = folder / ("adapter" if is_adapter else "model")
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    temporary = beside(target, "tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if is_adapter:
-        for peft_config in model.peft_config.values():
-            peft_config.base_model_name_or_path = base_path
-            peft_config.revision = info["base_revision"]
-        model.save_pretrained(temporary, save_embedding_layers=False)
+    try:
+        temporary.mkdir(parents=True)
+        if is_adapter:
+            for peft_config in model.peft_config.values():
+                peft_config.base_model_name_or_path = base_path
+                peft_config.revision = info["base_revision"]
+            model.save_pretrained(temporary, save_embedding_layers=False)
+        else:
+            model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "lmlab.json", info, sync=True)
+        publish_folder(temporary, target)
+    except SafetensorError as error:  # how that library says that the disk is full
+        raise OSError(errno.EIO, str(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sample_prompts(config: RunConfig, prepared: PreparedData, prompting: Prompting) -> list[tuple[str, str]]:
+    """(what a person reads, what the model is given) for the sample grid; own prompts go through the template."""
+    chosen = config.samples.prompts
+    if isinstance(chosen, int):
+        asked = prepared.meta["val_prompts"]
+        # Spread over the split: neighbours often come from one group and look alike.
+        count = min(chosen, len(asked))
+        picked = [asked[i * len(asked) // count] for i in range(count)]
+        return [(_shown(p["prompt"], prompting), p["prompt"]) for p in picked]
+    return [(text, prompting(text)) for text in chosen]
+
+
+MARKS = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+
+
+def _shown(prompt: str, prompting: Prompting) -> str:
+    """A prompt without its template's headings and marks, for tables."""
+    if prompting.render_chat is not None:
+        lines = [line for line in MARKS.sub("\n", prompt).splitlines() if line.strip()]
+    elif prompting.template is not None:
+        headings = ("### ", "Below is")
+        lines = [line for line in prompt.splitlines() if line.strip() and not line.startswith(headings)]
     else:
-        model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    write_json(temporary / "lmlab.json", info)
-    old = folder / f".{target.name}.{os.getpid()}.old"
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        return prompt
+    return "\n".join(lines) or prompt

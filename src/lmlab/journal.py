@@ -13,10 +13,11 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from lmlab.records import Sample, UserError
 
@@ -71,6 +72,8 @@ class RunDir:
             "tokenizer": "tokenizer",
             "report": "report.html",
             "lock": ".lock",
+            "out_of_memory": ".out_of_memory",
+            "resume_certificate": "resume_certificate.json",
         }
         if name in names:
             return self.path / names[name]
@@ -147,6 +150,8 @@ class RunDir:
             for _ in range(3):
                 with contextlib.suppress(FileExistsError):
                     self._publish(mine)
+                    for folder in (self.path, self.best, self.checkpoints):
+                        remove_leftovers(folder)
                     return
                 holder = self._holder()
                 if holder:
@@ -221,15 +226,74 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file by rename in the same folder; a lone surrogate becomes its JSON escape."""
+def write_json(path: Path, value: Any, *, sync: bool = False) -> None:
+    """Write a JSON file by rename in the same folder; a lone surrogate becomes its JSON escape.
+
+    Args:
+        sync: have its content on the disk before it gets its name.
+    """
     text = json.dumps(_plain(value), indent=1, ensure_ascii=False, default=str) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if sync:
+            sync_to_disk(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def beside(target: Path, ending: str) -> Path:
+    """A name in ``target``'s own folder for what is not it yet (``tmp``) or not it any more (``old``)."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{ending}")
+
+
+def publish_folder(made: Path, target: Path) -> None:
+    """Give a complete folder its final name, in the place of an older one; a crash at any point loses neither.
+
+    Args:
+        made: `beside` of target; on the same file system, or the rename would be a copy.
+    """
+    for path in (*(p for p in made.rglob("*") if not p.is_symlink()), made):
+        sync_to_disk(path)
+    old = beside(target, "old")
+    if target.exists():
+        target.rename(old)
+    made.rename(target)
+    sync_to_disk(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<ending>tmp|old)")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear up after a crash: what was half made goes, and what was being replaced gets its name back.
+
+    Only for the holder of the run's lock: what a living process is making would go too.
+    """
+    if not folder.is_dir():
+        return
+    for path in list(folder.iterdir()):
+        match = LEFTOVER.fullmatch(path.name)
+        if match is None or match["name"] == "lock":  # a lock is made before it is held
+            continue
+        target = folder / match["name"]
+        if match["ending"] == "old" and not target.exists():
+            path.rename(target)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -242,7 +306,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Journal:
-    """Appends to metrics.jsonl and samples.jsonl, one flushed line per log point or sample.
+    """Appends to metrics.jsonl and samples.jsonl, one line per log point or sample, handed to the system at once.
 
     Args:
         run: the run's directory.
@@ -252,24 +316,17 @@ class Journal:
     def __init__(self, run: RunDir, *, start_time: float | None = None) -> None:
         self.start_time = time.monotonic() if start_time is None else start_time
         self._run = run
-        self._metrics = _open_lines(run.metrics)
-        self._samples = _open_lines(run.samples)
+        self._metrics, self._samples = _Lines(run.metrics), _Lines(run.samples)
         self.latest: dict[str, float] = {}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics; a non-finite number is written as a string, as JSON has none."""
         self.latest.update(values)
-        self._write(
-            self._metrics, {"step": step, "time": round(time.monotonic() - self.start_time, 3), **values}
-        )
+        self._metrics.append({"step": step, "time": round(time.monotonic() - self.start_time, 3), **values})
 
     def sample(self, sample: Sample) -> None:
         """One line of samples.jsonl."""
-        self._write(self._samples, sample.row())
-
-    def _write(self, stream: TextIO, row: dict[str, Any]) -> None:
-        stream.write(json.dumps(_plain(row), ensure_ascii=False) + "\n")
-        stream.flush()
+        self._samples.append(sample.row())
 
     def forget_after(self, step: int) -> None:
         """Remove the lines of steps a resumed run will do again, so that no step stands there twice."""
@@ -287,21 +344,46 @@ class Journal:
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             temporary.write_bytes(b"".join(kept))
             temporary.replace(path)
-        self._metrics, self._samples = _open_lines(self._run.metrics), _open_lines(self._run.samples)
+        self._metrics, self._samples = _Lines(self._run.metrics), _Lines(self._run.samples)
 
     def close(self) -> None:
         """Close both files."""
+        self._metrics.close()
+        self._samples.close()
+
+
+class _Lines:
+    """A file that only grows by whole lines. What a full disk does not take is kept and written as soon as it does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        self._waiting = b""
+        size = os.fstat(self._file).st_size
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            self._waiting = b"\n"  # a line torn by a kill must not spoil the next one
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one line; a disk that takes nothing costs one line on stderr, not the run."""
+        line = json.dumps(_plain(row), ensure_ascii=False) + "\n"
+        had_waited = len(self._waiting) > 1
+        self._waiting += line.encode("utf-8", errors="backslashreplace")
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        except OSError as error:
+            if not had_waited:
+                print(
+                    f"warning: {self.path.name} cannot be written ({error.strerror}): its lines are kept until it can",
+                    file=sys.stderr,
+                )
+
+    def close(self) -> None:
+        """Try once more what waits, and close."""
+        if self._file < 0:
+            return
         with contextlib.suppress(OSError):
-            self._metrics.close()
-            self._samples.close()
-
-
-def _open_lines(path: Path) -> TextIO:
-    """Open for appending at the beginning of a line: a line torn by a kill must not spoil the next one."""
-    stream = path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n")
-    if path.stat().st_size:
-        with path.open("rb") as raw:
-            raw.seek(-1, os.SEEK_END)
-            if raw.read(1) != b"\n":
-                stream.write("\n")
-    return stream
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        os.close(self._file)
+        self._file = -1

@@ -211,7 +211,7 @@ def cached_plan(run: PlannedRun, config: RunConfig) -> MemoryPlan:
 def _key(run: PlannedRun, config: RunConfig) -> str:
     import torch
 
-    from lmlab.models.memory import can_return_freed_blocks
+    from lmlab.models.memory import can_tune_malloc
 
     code = hashlib.sha256()
     for file in sorted((Path(__file__).parent / "models").glob("*.py")):
@@ -222,7 +222,7 @@ def _key(run: PlannedRun, config: RunConfig) -> str:
         [config.optim.name, asdict(run.workload), str(run.compute_dtype), run.device_type],
         [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
         # Without CUDA the CPU's kernels stand in for its own.
-        [code.hexdigest(), torch.cuda.is_available(), can_return_freed_blocks()],
+        [code.hexdigest(), torch.cuda.is_available(), can_tune_malloc()],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

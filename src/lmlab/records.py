@@ -17,6 +17,10 @@ IGNORE_INDEX = -100
 """Label of a position whose prediction is not trained (the value `torch.nn.functional.cross_entropy` skips)."""
 
 
+STOPPED_CODES = (130, 138, 143)
+"""Exit codes of a run that a signal stopped: Ctrl-C, SLURM's SIGUSR1, SIGTERM."""
+
+
 class UserError(Exception):
     """Something the user can mend. Shown as one line ``error: what (where): what to do``, exit code 2.
 
@@ -42,9 +46,17 @@ class RefusedError(UserError):
 
 
 class RunFailedError(Exception):
-    """A failure while training that lmlab understands, shown as one line; exit code 1."""
+    """A failure while training that lmlab understands, shown as one line; exit code 1.
+
+    Args:
+        everywhere: every rank fails alike, so the first one says it for all.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,12 @@
-"""Going on with a run: what may differ from how it was started, and what may not."""
+"""Going on with a run: what may differ from how it was started, and what may not.
+
+With ``resume=PATH`` of another run's checkpoint a new run branches off there: its own directory and W&B run, the other's
+weights, optimizer, data position and random states. Whatever the weights do not depend on may be another then.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmlab.journal import RunDir, read_json
@@ -31,11 +36,16 @@ SAFE = [
     "trainer.log_every_n_steps",
     "trainer.num_workers",
     "trainer.on_nonfinite",
+    "trainer.max_nonfinite_steps",
+    "trainer.auto_batch",
+    "trainer.memory_plan",
     "trainer.accelerator",
     "trainer.compile",
     "model.gradient_checkpointing",
 ]
 """Keys that do not change what the steps already done meant."""
+OF_THE_WEIGHTS = ("model", "adapter", "quant")
+"""Groups that a branch has in common with the run it leaves."""
 GEOMETRY = ("batch_size", "accumulate_grad_batches", "devices", "num_nodes", "strategy")
 """How a global batch is cut; free as long as its size stays."""
 
@@ -46,14 +56,18 @@ def check_unchanged(run: RunDir, config: RunConfig, *, data_hash: str, tokenizer
     Raises:
         UserError: names every such key with its old and new value.
     """
+    source = branched_from(run, config)
+    if source is not None:
+        _check_branch(source, config, tokenizer_hash=tokenizer_hash)
+        return
     if not run.config.is_file():
         return
     from lmlab.config.compose import load_frozen
 
     old, new = load_frozen(run.config), config
     changed = [
-        f"{key} was {before!r}, now {after!r}"
-        for key, before, after in _differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+        change
+        for key, change in _changes(old, new)
         if not key.startswith(tuple(SAFE)) and key.rsplit(".", 1)[-1] not in GEOMETRY
     ]
     if old.trainer.rows_per_step != new.trainer.rows_per_step:
@@ -70,6 +84,51 @@ def check_unchanged(run: RunDir, config: RunConfig, *, data_hash: str, tokenizer
             where=str(run.path),
             fix="put it back, or start a new run_name",
         )
+
+
+def branched_from(run: RunDir, config: RunConfig) -> RunDir | None:
+    """The run whose checkpoint ``resume`` names, if it is another one.
+
+    Raises:
+        UserError: ``resume`` names no checkpoint.
+    """
+    if config.resume in (None, "auto"):
+        return None
+    checkpoint = Path(str(config.resume)).absolute()
+    if not (checkpoint / "manifest.json").is_file():
+        raise UserError(
+            "not a checkpoint",
+            where=f"resume={config.resume}",
+            fix="give a folder like outputs/sft/my-run/checkpoints/step-00000200, or auto",
+        )
+    source = RunDir(checkpoint.parents[1])
+    return None if source.path.resolve() == run.path.resolve() else source
+
+
+def _check_branch(source: RunDir, config: RunConfig, *, tokenizer_hash: str) -> None:
+    from lmlab.config.compose import load_frozen
+
+    changed = [
+        change
+        for key, change in _changes(load_frozen(source.config), config)
+        if (key.split(".", 1)[0] in OF_THE_WEIGHTS and key != "model.gradient_checkpointing")
+        # A base drawn from the seed and frozen is in no checkpoint.
+        or (key == "seed" and config.adapter.freezes_base and config.model.source is None)
+    ]
+    if read_json(source.info).get("tokenizer_hash") not in (None, tokenizer_hash):
+        changed.append("the tokenizer is another")
+    if changed:
+        raise UserError(
+            f"a branch of {source.path.name} with other weights: {'; '.join(changed)}",
+            where="resume",
+            fix="put these as they were, or start without resume",
+        )
+
+
+def _changes(old: RunConfig, new: RunConfig) -> list[tuple[str, str]]:
+    """(key, what it was and is) of every key that differs."""
+    found = _differences(old.model_dump(mode="json"), new.model_dump(mode="json"))
+    return [(key, f"{key} was {before!r}, now {after!r}") for key, before, after in found]
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

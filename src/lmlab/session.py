@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lmlab.config.schema import RunConfig, mixed_precision_instead, world_size
-from lmlab.data.formats import Prompting
 from lmlab.data.prepared import PreparedData
 from lmlab.journal import Journal, RunDir, read_json, write_json
-from lmlab.records import Sample
+from lmlab.records import STOPPED_CODES, Sample
 
 
 class Session:
@@ -124,6 +122,7 @@ class Session:
         max_steps: int,
         resume_from: Path | None,
     ) -> int:
+        from lmlab.assemble import sample_prompts
         from lmlab.models.flops import step_flops
         from lmlab.training import fit as fitting
         from lmlab.training.callbacks import GracefulStop, RunLog, SampleGrid
@@ -197,6 +196,7 @@ class Session:
             validation=validation,
             meter=meter,
             on_nonfinite=config.trainer.on_nonfinite,
+            max_nonfinite_steps=config.trainer.max_nonfinite_steps,
         )
 
     def _resume_from(self) -> tuple[Path | None, int]:
@@ -312,7 +312,7 @@ class Session:
         """summary.json, the mirror's end, report.html, and what to type next; never raises."""
         if self.rank != 0:
             return
-        status = "finished" if code == 0 else "interrupted" if code in (130, 143) else "failed"
+        status = "finished" if code == 0 else "interrupted" if code in STOPPED_CODES else "failed"
         latest = dict(self.journal.latest) if self.journal is not None else {}
         summary: dict[str, Any] = {
             "status": status,
@@ -324,7 +324,10 @@ class Session:
         if self._speeds:
             summary["perf/tokens_per_second_median"] = statistics.median(self._speeds)
         summary["memory/peak_gb"] = self._peak_gb
-        write_json(self.run.summary, summary)
+        try:
+            write_json(self.run.summary, summary)
+        except OSError as error:  # a full disk: what was logged and saved before is there
+            self.say(f"warning: summary.json cannot be written ({error.strerror})")
         if self.journal is not None:
             self.journal.close()
         self._print_samples()
@@ -366,33 +369,6 @@ class Session:
             self.say(f"try it: python scripts/generate.py {where} --prompt '...'")
         if self.run.report.exists():
             self.say(f"report: {where}/report.html")
-
-
-def sample_prompts(config: RunConfig, prepared: PreparedData, prompting: Prompting) -> list[tuple[str, str]]:
-    """(what a person reads, what the model is given) for the sample grid; own prompts go through the template."""
-    chosen = config.samples.prompts
-    if isinstance(chosen, int):
-        asked = prepared.meta["val_prompts"]
-        # Spread over the split: neighbours often come from one group and look alike.
-        count = min(chosen, len(asked))
-        picked = [asked[i * len(asked) // count] for i in range(count)]
-        return [(_shown(p["prompt"], prompting), p["prompt"]) for p in picked]
-    return [(text, prompting(text)) for text in chosen]
-
-
-MARKS = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
-
-
-def _shown(prompt: str, prompting: Prompting) -> str:
-    """A prompt without its template's headings and marks, for tables."""
-    if prompting.render_chat is not None:
-        lines = [line for line in MARKS.sub("\n", prompt).splitlines() if line.strip()]
-    elif prompting.template is not None:
-        headings = ("### ", "Below is")
-        lines = [line for line in prompt.splitlines() if line.strip() and not line.startswith(headings)]
-    else:
-        return prompt
-    return "\n".join(lines) or prompt
 
 
 def _clip(text: str, length: int = 300) -> str:

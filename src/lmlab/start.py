@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmlab.config.compose import dump_yaml, fingerprint, to_run_config
+from lmlab.config.compose import fingerprint, freeze, to_run_config
 from lmlab.config.schema import RunConfig
 from lmlab.data.chat_templates import (
     chat_renderer,
@@ -35,7 +35,7 @@ from lmlab.data.prepared import PreparedData
 from lmlab.data.sources import cache_root
 from lmlab.journal import RunDir, check_run_name, read_json, slug, write_json
 from lmlab.records import UserError
-from lmlab.resume import check_unchanged
+from lmlab.resume import branched_from, check_unchanged
 
 TRAINED = ("bpe", "chars")
 """Kinds of tokenizers that are made from the run's own training text."""
@@ -255,6 +255,11 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
             "data_hash": plan.prepared.folder.name,
             "tokenizer_hash": plan.tokenizer_hash,
             "prepared": str(plan.prepared.folder),
+            **(
+                {"branched_from": str(Path(str(config.resume)).absolute())}
+                if branched_from(run, config)
+                else {}
+            ),
             # Drawn once and kept: a resumed run goes on in its own W&B run, an overwritten one gets a new one.
             "wandb_id": (read_json(run.info).get("wandb_id") if config.resume else None)
             or secrets.token_hex(6),
@@ -262,9 +267,7 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
             **_environment(),
         },
     )
-    temporary = run.config.with_suffix(".tmp")
-    temporary.write_text(dump_yaml(config), encoding="utf-8")
-    temporary.replace(run.config)
+    freeze(run, config)
 
 
 def _git() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -16,7 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from lmlab.config.compose import load_env, load_frozen, report_error
+from lmlab.config.compose import freeze, load_env, load_frozen, report_error
 from lmlab.config.schema import RunConfig, world_size
 from lmlab.journal import RunDir, read_json, write_json
 from lmlab.records import RunFailedError, UserError
@@ -24,11 +25,66 @@ from lmlab.records import RunFailedError, UserError
 STARTED = time.monotonic()
 
 
+SHUTDOWN_SECONDS = 120
+"""What ranks that were told to stop have for their step and their checkpoint; torch's own default is 30."""
+REQUEUE = 128 + signal.SIGUSR1
+"""Exit code after SIGUSR1, which SLURM sends ahead of a time limit (``#SBATCH --signal=USR1@90``)."""
+
+
 def launch(run: RunDir, config: RunConfig) -> int:
     """Train the run in its directory, on as many processes as its config says; the exit code."""
-    if world_size(config) == 1 or "RANK" in os.environ:
+    if "RANK" in os.environ:
         return run_rank(run, config)
-    return _launch_ranks(run, config)
+    run.out_of_memory.unlink(missing_ok=True)
+    code = run_rank(run, config) if world_size(config) == 1 else _launch_ranks(run, config)
+    if code == 1 and config.trainer.auto_batch and run.out_of_memory.exists():
+        smaller = halved(config)
+        if smaller is not None:
+            _begin_again(run, smaller)
+    if code == REQUEUE:
+        _requeue()
+    return code
+
+
+def halved(config: RunConfig) -> RunConfig | None:
+    """The same global batch from micro-batches of half the size (or the largest smaller divisor); None: of one row already."""
+    trainer = config.trainer
+    size = next((n for n in range(trainer.batch_size // 2, 0, -1) if trainer.batch_size % n == 0), None)
+    if size is None:
+        return None
+    smaller = {
+        "batch_size": size,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches * (trainer.batch_size // size),
+        "val_batch_size": max(1, trainer.val_batch_size // 2),
+    }
+    return config.model_copy(update={"trainer": trainer.model_copy(update=smaller), "resume": "auto"})
+
+
+def _begin_again(run: RunDir, config: RunConfig) -> None:
+    """From the last checkpoint, or step 0, in a process that has none of the memory of this one."""
+    freeze(run, config)
+    trainer = config.trainer
+    print(
+        f"out of memory: beginning again with trainer.batch_size={trainer.batch_size} "
+        f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, the same global batch",
+        flush=True,
+    )
+    sys.stderr.flush()
+    os.execv(
+        sys.executable, [sys.executable, "-m", "lmlab.worker", str(run.path)]
+    )  # the lock stays: the same pid
+
+
+def _requeue() -> None:
+    """Put the SLURM job back into its queue; with ``resume=auto`` in its script it goes on from what was just saved."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
+        print(f"SLURM: job {job} is requeued; with resume=auto it goes on from here")
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"warning: SLURM: job {job} could not be requeued ({error})", file=sys.stderr)
 
 
 def _launch_ranks(run: RunDir, config: RunConfig) -> int:
@@ -53,6 +109,7 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
         rdzv_endpoint="localhost:0",  # the system chooses the port, so two runs never collide
         max_restarts=0,
         monitor_interval=0.2,
+        **_stopping(LaunchConfig),
     )
     try:
         elastic_launch(settings, sys.executable)("-m", "lmlab.worker", str(run.path))
@@ -73,6 +130,15 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
     return int(summary.get("exit_code") or code)
 
 
+def _stopping(launch_config: Any) -> dict[str, Any]:
+    """How the launcher passes signals on, as far as this version of torch has it."""
+    wanted = {
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+        "signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    }
+    return {name: value for name, value in wanted.items() if name in launch_config.__dataclass_fields__}
+
+
 def run_rank(run: RunDir, config: RunConfig) -> int:
     """Be one rank: build, train, write down how it ended; the exit code. Nothing is raised."""
     from lmlab.session import Session
@@ -87,7 +153,8 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
         code, reason = report_error(error), str(error)
     except RunFailedError as error:
         code, reason = error.exit_code, str(error)
-        print(f"error: {error}", file=sys.stderr)
+        if session.rank == 0 or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code, reason = 130, "stopped by Ctrl-C"
     except SystemExit as error:
@@ -97,6 +164,7 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
     ) as error:  # the last resort: whatever it was, it is written down and the run is closed as failed
         reason = f"{type(error).__name__}: {error}"
         if _out_of_memory(error):
+            run.out_of_memory.touch()
             from lmlab.planning import out_of_memory
 
             print(f"error: out of memory: {out_of_memory(config, session.meter)}", file=sys.stderr)
@@ -112,7 +180,7 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
 def _out_of_memory(error: Exception) -> bool:
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _short(error: Exception) -> str:

@@ -96,6 +96,8 @@ def options(batch_size: int, accumulate: int, **changes: object) -> TrainerConfi
         "num_workers": 0,
         "compile": False,
         "on_nonfinite": "stop",
+        "max_nonfinite_steps": 10,
+        "auto_batch": False,
         "memory_plan": False,
     }
     return TrainerConfig.model_validate({**values, **changes})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlab.config.errors import UNKNOWN_KEY, combined, hydra_error, unknown_key, validation_problems
+from lmlab.journal import RunDir, beside
 from lmlab.records import UserError
 from lmlab.registry import load_plugins, suggest
 
@@ -338,6 +339,13 @@ def dump_yaml(config: Any) -> str:
     import yaml
 
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def freeze(run: RunDir, config: Any) -> None:
+    """Write the run's config.yaml, by rename."""
+    temporary = beside(run.config, "tmp")
+    temporary.write_text(dump_yaml(config), encoding="utf-8")
+    temporary.replace(run.config)
 
 
 def load_frozen(path: Path) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from lmlab.records import UserError
+from lmlab.records import STOPPED_CODES, UserError
 from lmlab.tracking import plots
 from lmlab.tracking.data_view import DataView, Lengths, Shown
 from lmlab.tracking.plots import short
@@ -183,7 +183,7 @@ def status(run: RunFiles) -> dict[str, str]:
     code, word = run.summary.get("exit_code"), str(run.summary.get("status") or "")
     reason = [str(run.summary[name]) for name in ("error", "reason", "message") if run.summary.get(name)]
     trace = str(run.summary.get("traceback") or "")
-    if code in (130, 143) or word.lower() in ("interrupted", "running"):
+    if code in STOPPED_CODES or word.lower() in ("interrupted", "running"):
         kind = "open"
     elif code not in (None, 0) or word.lower() in _WENT_WRONG:
         kind = "bad"

@@ -58,13 +58,19 @@ class RunLog(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Running totals, those since the last log point too, which a resumed run goes on from."""
         assert self._module is not None
-        return {"tokens": self.tokens, "flops": self.flops_done, "open": asdict(self._module.totals)}
+        return {
+            "tokens": self.tokens,
+            "flops": self.flops_done,
+            "open": asdict(self._module.totals),
+            "nonfinite": self._module.nonfinite_steps,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         assert self._module is not None
         self.tokens, self.flops_done = state_dict["tokens"], state_dict["flops"]
         self._module.totals = StepTotals(**state_dict["open"])
+        self._module.nonfinite_steps = state_dict.get("nonfinite", 0)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -178,6 +184,11 @@ class SampleGrid(Callback):
         self.every, self.max_steps, self.log_samples, self.meter = every_n_steps, max_steps, log, meter
         self._sampled, self._pause = -1, pause
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What a resumed run begins at was sampled before it was saved."""
+        if trainer.global_step:
+            self._sampled = trainer.global_step
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """At step 0, at the end, and between them if no rhythm of their own is set."""
         step = 0 if trainer.sanity_checking else trainer.global_step
@@ -216,7 +227,7 @@ class SampleGrid(Callback):
 
 
 class GracefulStop(Callback):
-    """SIGTERM or Ctrl-C end the run after the current optimizer step, on all ranks together; a second one at once.
+    """SIGTERM, Ctrl-C or SLURM's SIGUSR1 end the run after the current optimizer step, on all ranks together; a second one at once.
 
     Attributes:
         signal: the one that stopped the run, on every rank, else None.

@@ -1,16 +1,19 @@
 """Resumable checkpoints that are whole or not there, and the weights to use afterwards.
 
 A checkpoint is a folder ``step-00000200`` with ``state.pt`` (Lightning's dict: trained weights, optimizer, schedule,
-counters) and ``manifest.json`` with sizes and sha256. It is written under a temporary name in the same folder, synced,
-and renamed, so the final name never holds half a file.
+counters) and ``manifest.json`` with sizes and sha256, written last. It is written under a temporary name in the same
+folder, synced, and renamed, so the final name never holds half a file. A disk that is full costs that checkpoint and a
+warning, not the run: what was saved before stays, and the next one that is due is tried again.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import os
+import pickle
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,9 +23,10 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils._pytree import tree_leaves
 
-from lmlab.journal import RunDir, read_json, write_json
-from lmlab.records import UserError
+from lmlab.journal import RunDir, beside, publish_folder, read_json, write_json
+from lmlab.records import RunFailedError, UserError
 from lmlab.training.options import CheckpointConfig
 
 
@@ -32,42 +36,82 @@ def checkpoint_name(step: int) -> str:
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Writes and reads checkpoint folders."""
+    """Writes and reads checkpoint folders.
+
+    Args:
+        on_error: what a file system that does not take a checkpoint means: ``warn`` goes on without it, ``raise`` not.
+
+    Attributes:
+        failed: why the last save failed, on the rank that writes; None if it did not.
+    """
+
+    def __init__(self, on_error: str = "raise") -> None:
+        self.on_error = on_error
+        self.failed: OSError | None = None
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Write the folder ``path`` atomically."""
+        """Write the folder ``path`` atomically.
+
+        Raises:
+            OSError: it cannot be written, and ``on_error`` is ``raise``. What stood there before stands there still.
+        """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        state = temporary / "state.pt"
-        with state.open("wb") as stream:
-            torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        write_json(
-            temporary / "manifest.json",
-            {
-                "step": int(checkpoint["global_step"]),
-                "files": {"state.pt": {"bytes": state.stat().st_size, "sha256": _sha256(state)}},
-            },
-        )
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-        _sync_folder(path.parent)
+        temporary = beside(path, "tmp")
+        self.failed = None
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _require_space(temporary, checkpoint)
+            state = temporary / "state.pt"
+            torch.save(checkpoint, state)
+            about = {"bytes": state.stat().st_size, "sha256": _sha256(state)}
+            step = int(checkpoint["global_step"])
+            write_json(temporary / "manifest.json", {"step": step, "files": {"state.pt": about}}, sync=True)
+            publish_folder(temporary, path)
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch.save's own writer turns a full disk into a RuntimeError
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.failed = error if isinstance(error, OSError) else OSError(errno.EIO, _first_line(error))
+            if self.on_error == "raise":
+                raise self.failed from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Verify against the manifest and load; nothing in it is ever executed."""
+        """Verify against the manifest and load; nothing in it is ever executed.
+
+        Raises:
+            UserError: not a checkpoint, damaged, or with something in it that is neither a number nor a tensor.
+        """
         verify_checkpoint(Path(path))
-        return torch.load(Path(path) / "state.pt", map_location=map_location or "cpu", weights_only=True)
+        try:
+            return torch.load(Path(path) / "state.pt", map_location=map_location or "cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"it holds code, which is not run: {_first_line(error)}",
+                where=str(path),
+                fix="use another checkpoint",
+            ) from error
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete the folder."""
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _require_space(folder: Path, checkpoint: dict[str, Any]) -> None:
+    """Say that the disk is full before it is."""
+    leaves = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, torch.Tensor)]
+    needed, free = sum(leaf.nbytes for leaf in leaves), shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -110,14 +154,6 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Checkpoints(Callback):
@@ -171,23 +207,58 @@ class Checkpoints(Callback):
         if loss is not None and (self.best is None or float(loss) < self.best):
             self.best, self.best_step = float(loss), step
             if trainer.is_global_zero:
-                self.save_weights(self.run.best)
+                self._keep_best()
         if step >= self.max_steps or trainer.should_stop or (every is not None and step % every == 0):
             self.save(trainer)
 
+    def _keep_best(self) -> None:
+        try:
+            self.save_weights(self.run.best)
+        except OSError as error:
+            if self.options.on_error == "raise":
+                raise
+            _warn("the best weights", error)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last weights, whatever ended the training."""
-        if trainer.is_global_zero:
+        """The last weights, whatever ended the training.
+
+        Raises:
+            RunFailedError: they cannot be written.
+        """
+        if not trainer.is_global_zero:
+            return
+        try:
             self.save_weights(self.run.path)
+        except OSError as error:
+            raise RunFailedError(
+                f"the last weights cannot be written ({error.strerror or error}) in {self.run.path}: "
+                "make room and go on with resume=auto"
+            ) from error
 
     def save(self, trainer: Trainer) -> None:
-        """Save now (all ranks must call it) and remove what is older than the newest ``keep``."""
+        """Save now (all ranks must call it) and remove what is older than the newest ``keep``.
+
+        Raises:
+            RunFailedError: it cannot be written, and ``checkpoint.on_error`` is ``raise``.
+        """
         self._saved_step = trainer.global_step
+        writer = trainer.strategy.checkpoint_io
+        assert isinstance(writer, FolderCheckpointIO)
         with self._pause():
+            # It never raises on the rank that writes before the others have passed its barrier: see `failed`.
             trainer.save_checkpoint(self.run.checkpoints / checkpoint_name(trainer.global_step))
-        if trainer.is_global_zero:
-            for old in sorted(self.run.checkpoints.glob("step-*"))[: -self.options.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+        if not trainer.is_global_zero:
+            return
+        if writer.failed is not None:
+            if self.options.on_error == "raise":
+                raise RunFailedError(
+                    f"the checkpoint of step {trainer.global_step} cannot be written ({writer.failed.strerror}): "
+                    "make room, or checkpoint.on_error=warn"
+                )
+            _warn(f"the checkpoint of step {trainer.global_step}", writer.failed)
+            return
+        for old in sorted(self.run.checkpoints.glob("step-*"))[: -self.options.keep]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _validates(self, trainer: Trainer, step: int) -> bool:
         return step % self.val_every == 0 or step >= self.max_steps or trainer.should_stop
@@ -215,6 +286,13 @@ class Checkpoints(Callback):
         state = getattr(self, "_rng", None)
         if state is not None:
             _restore_rng(state)
+
+
+def _warn(what: str, error: OSError) -> None:
+    print(
+        f"warning: {what} cannot be written ({error.strerror or error}); what was saved before stays",
+        file=sys.stderr,
+    )
 
 
 def _step_done(trainer: Trainer) -> bool:

@@ -68,7 +68,9 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        plugins=[FolderCheckpointIO()],
+        plugins=[
+            FolderCheckpointIO(on_error="warn")
+        ],  # what it means is for `Checkpoints` to say, on all ranks
         default_root_dir=str(root),
         inference_mode=False,  # an inference tensor cached by a layer would break the next training step
     )

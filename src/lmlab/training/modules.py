@@ -35,7 +35,8 @@ from lmlab.training.options import OptimConfig
 MAX_OVERFLOWS = (
     30  # in a row: a loss scale of 65,536 is down to 1e-4 by then, so the gradient itself is broken
 )
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is what SLURM sends ahead of a time limit where it is asked to (``--signal=USR1@90``)."""
 SCALE = 1024.0  # keeps the summed loss of a batch within fp16's range before the backward pass
 
 
@@ -83,7 +84,8 @@ class CausalLMModule(LightningModule):
         max_steps: optimizer steps of the run, for the schedule.
         validation: what validation measures.
         meter: memory by phase.
-        on_nonfinite: ``stop`` or ``skip`` when a gradient norm is not finite.
+        on_nonfinite: ``stop`` or ``skip`` when the loss or the gradient norm is not finite.
+        max_nonfinite_steps: skipped updates after which the next one stops the run.
     """
 
     strict_loading = False  # type: ignore[assignment]  # checkpoints hold the trained weights only
@@ -98,14 +100,16 @@ class CausalLMModule(LightningModule):
         validation: Validation,
         meter: MemoryMeter,
         on_nonfinite: str = "stop",
+        max_nonfinite_steps: int = 10,
     ) -> None:
         super().__init__()
         self.model, self.loss, self.optim = model, loss, optim
         self.max_steps, self.validation, self.meter = max_steps, validation, meter
-        self.on_nonfinite = on_nonfinite
+        self.on_nonfinite, self.max_nonfinite_steps = on_nonfinite, max_nonfinite_steps
+        self._finite_loss = math.nan  # nats per token, of the last step that had one
         self.totals = StepTotals()
         self.measure_memory = False
-        self.skipped_steps = self._overflows = 0
+        self.skipped_steps = self.nonfinite_steps = self._overflows = 0
         # Of this step so far: the loss sum, which the device knows, and what is known here without asking it.
         self._loss_sum: torch.Tensor | None = None
         self._counts = [0.0, 0.0, 0.0]  # supervised, tokens, tokens * context
@@ -156,13 +160,14 @@ class CausalLMModule(LightningModule):
         raw = torch.nn.utils.get_total_norm(gradients)
         loss_sum, norm = torch.stack([loss, raw.to(loss)]).tolist()
         norm *= factor
-        if math.isfinite(norm):
+        if math.isfinite(norm) and math.isfinite(loss_sum):
             self._overflows = 0
+            self._finite_loss = loss_sum / max(1.0, supervised)
             if gradient_clip_val is not None:
                 factor *= min(1.0, gradient_clip_val / (norm + 1e-6))  # as torch's clip_grad_norm_
             _scale(gradients, factor)
         else:
-            self._nonfinite(norm, loss_sum / max(1, supervised))
+            self._nonfinite(norm, loss_sum / max(1, supervised), float(optimizer.param_groups[0]["lr"]))
         self.totals.loss += loss_sum
         self.totals.supervised += supervised
         self.totals.tokens += tokens
@@ -193,7 +198,8 @@ class CausalLMModule(LightningModule):
     def _scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
-    def _nonfinite(self, norm: float, loss: float) -> None:
+    def _nonfinite(self, norm: float, loss: float, lr: float) -> None:
+        """No update: the gradients are the same on every rank, so all of them decide alike."""
         step = self.global_step + 1
         self._overflows += 1
         if self._scaler() is not None and math.isfinite(loss) and self._overflows <= MAX_OVERFLOWS:
@@ -201,10 +207,16 @@ class CausalLMModule(LightningModule):
                 1  # an fp16 overflow: the scaler skips this update itself and halves its scale
             )
             return
-        if self.on_nonfinite == "stop":
+        self.nonfinite_steps += 1
+        allowed = self.max_nonfinite_steps if self.on_nonfinite == "skip" else 0
+        if self.nonfinite_steps > allowed:
+            rows = self.trainer.datamodule.rows_of_step(step - 1)  # type: ignore[attr-defined]
+            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
             raise RunFailedError(
-                f"gradient norm is {norm} and the loss {loss:.4g} at step {step}, so the update was not made: "
-                "lower optim.lr, or trainer.on_nonfinite=skip"
+                f"the gradient norm is {norm:g} and the loss {loss:.4g} at step {step} (training rows {shown}; lr {lr:.3g}; "
+                f"last finite loss {self._finite_loss:.4g}), so the update was not made: lower optim.lr, or "
+                + ("raise trainer.max_nonfinite_steps" if allowed else "trainer.on_nonfinite=skip"),
+                everywhere=True,
             )
         self.skipped_steps += 1
         for parameter in self._trainable:

@@ -114,7 +114,10 @@ class TrainerConfig(Config):
         max_epochs: passes over the training rows, turned into steps at the start; null if max_steps says it.
         batch_size: examples (or packed rows, or windows) per device and micro-batch.
         precision: of matrix products; weights that are trained stay fp32.
-        on_nonfinite: a gradient that is not finite stops the run before the update, or that update is skipped.
+        on_nonfinite: a loss or gradient that is not finite stops the run before the update, or that update is skipped.
+        max_nonfinite_steps: of updates skipped so, the run stops at the next.
+        auto_batch: when memory runs out, begin again from the last checkpoint with half the micro-batch and twice the
+            accumulation: the global batch stays.
         memory_plan: plan the peak memory of each phase before the first step (some seconds, once per configuration).
     """
 
@@ -134,6 +137,8 @@ class TrainerConfig(Config):
     num_workers: int = Field(ge=0)
     compile: bool
     on_nonfinite: Literal["stop", "skip"]
+    max_nonfinite_steps: int = Field(ge=1)
+    auto_batch: bool
     memory_plan: bool
 
     @property
@@ -160,10 +165,12 @@ class CheckpointConfig(Config):
     Attributes:
         every_n_steps: besides the last step's; null for the last only.
         keep: how many of the newest are kept.
+        on_error: a disk that takes no checkpoint is a warning, and the run goes on with what was saved before, or its end.
     """
 
     every_n_steps: int | None = Field(ge=1)
     keep: int = Field(ge=1)
+    on_error: Literal["warn", "raise"]
 
 
 class SamplesConfig(Config):

@@ -1,0 +1,143 @@
+"""Resumed = uninterrupted, bit for bit: from every step, over several starts, in fresh processes, on a branch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmlab.checks import compare_runs
+from lmlab.journal import RunDir, read_json
+from lmlab.records import UserError
+
+from .conftest import command
+
+Train = Callable[..., RunDir]
+STEPS = 12
+SMALL = (
+    "data=skills",
+    "data.num_records=60",  # an epoch is 9 to 28 steps: both ends of one are crossed
+    "metrics=none",
+    "samples.prompts=1",
+    "samples.grid=[top_p_temperature]",
+    "samples.every_n_steps=4",
+    "trainer.batch_size=2",
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_every_n_steps=5",
+    "trainer.log_every_n_steps=2",
+    "checkpoint.every_n_steps=1",
+    "checkpoint.keep=20",
+)
+
+
+def told(adapter: str, accumulate: int) -> list[str]:
+    dropout = [] if adapter == "none" else ["adapter.dropout=0.1"]  # so that the random state matters
+    return [*SMALL, f"adapter={adapter}", f"trainer.accumulate_grad_batches={accumulate}", *dropout]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("adapter", ["none", "lora", "qlora"])
+def test_from_every_step(train: Train, adapter: str, accumulate: int) -> None:
+    """At step k everything but the checkpoint is taken away, as if the run had died there; it ends as the whole one did."""
+    name = f"{adapter}-{accumulate}"
+    whole = train(f"whole-{name}", *told(adapter, accumulate))
+    wrong = {}
+    for step in range(1, STEPS):
+        parts = RunDir(whole.path.with_name(f"from-{name}-{step}"))
+        shutil.copytree(whole.path, parts.path)
+        for later in parts.checkpoints.glob("step-*"):
+            if int(later.name[5:]) > step:
+                shutil.rmtree(later)
+        train(parts.path.name, *told(adapter, accumulate), "resume=auto")
+        if differences := list(compare_runs(whole, parts)):
+            wrong[step] = differences[:3]
+        shutil.rmtree(parts.path)
+    assert not wrong
+
+
+def test_over_several_starts_with_workers(train: Train) -> None:
+    common = told("lora", 1)
+    whole = train("starts-whole", *common)
+    for step in (3, 4, 9, STEPS):
+        # Another last step would be another schedule, so the run is cut by its early stop: the steps are the same.
+        parts = train("starts-parts", *common, "trainer.num_workers=1", "resume=auto", expect=0)
+        if step == STEPS:
+            break
+        for later in parts.checkpoints.glob("step-*"):
+            if int(later.name[5:]) > step:
+                shutil.rmtree(later)
+    assert list(compare_runs(whole, parts)) == []
+
+
+def test_a_branch_from_any_step_of_another_run(train: Train) -> None:
+    common = told("lora", 1)
+    whole = train("trunk", *common)
+    start = whole.checkpoints / "step-00000007"
+    same = train("branch-same", *common, f"resume={start}")
+    assert list(compare_runs(whole, same, after=7)) == []
+    assert read_json(same.info)["branched_from"] == str(start)
+    assert read_json(same.info)["wandb_id"] != read_json(whole.info)["wandb_id"]
+    rows = [json.loads(line) for line in same.metrics.read_text().splitlines()]
+    assert min(row["step"] for row in rows if "train/loss" in row) == 8
+    other = train("branch-other", *common, f"resume={start}", "optim.lr=0.01", "trainer.val_every_n_steps=3")
+    assert list(compare_runs(whole, other, after=7)), "another learning rate changes the weights"
+    with pytest.raises(UserError, match=r"adapter\.rank was 16, now 4"):
+        train("branch-wrong", *common, f"resume={start}", "adapter.rank=4")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        train("branch-nowhere", *common, f"resume={start.parent}")
+    assert not RunDir(whole.path.with_name("branch-nowhere")).path.exists()
+
+
+def test_the_certificate_in_fresh_processes(train: Train, tmp_path: Path) -> None:
+    run = train("certified", *told("lora", 1))
+    done = command("scripts/check.py", "resume", str(run.path), "--steps", "4", "--at", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "equal bit for bit" in done.stdout
+    kept = read_json(run.resume_certificate)
+    assert (kept["equal"], kept["steps"], kept["at"], kept["differences"]) == (True, 4, 2, [])
+
+
+def test_the_certificate_of_a_config_and_what_it_refuses(tmp_path: Path) -> None:
+    for arguments, said in (
+        (["no-such-run"], "no readable config"),
+        (["data=skills", "--at", "6"], "begin after step 0"),
+        (["data=skilz"], "skills"),
+    ):
+        done = command("scripts/check.py", "resume", *arguments)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("change", ["metrics", "samples", "weights", "optimizer", "rng", "fewer"])
+def test_a_difference_is_found(train: Train, tmp_path: Path, change: str) -> None:
+    import torch
+
+    one = train("compared", *told("none", 1), "overwrite=true")
+    other = RunDir(tmp_path / "other")
+    shutil.copytree(one.path, other.path)
+    assert list(compare_runs(one, other)) == []
+    path = other.checkpoints / f"step-{STEPS:08d}" / "state.pt"
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    if change == "metrics":
+        other.metrics.write_text(other.metrics.read_text().replace('"train/loss": ', '"train/loss": 1'))
+    elif change == "samples":
+        other.samples.write_text(other.samples.read_text().replace('"text": "', '"text": "x'))
+    elif change == "fewer":
+        other.metrics.write_text("\n".join(other.metrics.read_text().splitlines()[:-1]) + "\n")
+    elif change == "weights":
+        next(iter(state["state_dict"].values())).view(-1)[0] += 1e-6
+    elif change == "optimizer":
+        next(iter(state["optimizer_states"][0]["state"].values()))["exp_avg"].view(-1)[0] += 1e-9
+    else:
+        state["rng"][0]["torch"][0] ^= 1
+    torch.save(state, path)
+    found = list(compare_runs(one, other))
+    part = {"weights": "state_dict", "optimizer": "optimizer_states", "fewer": "metrics"}.get(change, change)
+    assert found
+    assert all(line.startswith(part) for line in found)
