@@ -116,16 +116,22 @@ def _load_adapter(
     path: Path, info: dict[str, Any], about: Pretrained, hf_config: Any, hardware: Hardware
 ) -> tuple[Any, Any, Any]:
     """Base as it was trained on (same quantization, same fingerprint) with the adapter on it."""
-    from peft import PeftModel
-
     from lmlab.models.build import base_fingerprint, build_model
     from lmlab.models.lora import use_fused_lora
     from lmlab.models.quantize import load_dtype, quants
     from lmlab.models.vocabulary import grow_embeddings, use_token_rows
     from lmlab.tokenizers import load_tokenizer, rows_needed
 
+    _check_adapter(path)
     quant = info.get("quant") or {"kind": "none"}
-    quant_config: Any = quants.class_of(quant["kind"]).model_validate(quant)
+    try:
+        quant_config: Any = quants.class_of(quant["kind"]).model_validate(quant)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            "the adapter's base is stored in no known way",
+            where=str(path / "lmlab.json"),
+            fix="use the file as it was saved",
+        ) from error
     model = build_model(
         about,
         hf_config,
@@ -144,7 +150,68 @@ def _load_adapter(
     tokenizer = load_tokenizer(path)
     grow_embeddings(model, rows_needed(tokenizer), seed=0)  # what they hold comes from the adapter
     store_base(model, quant_config, hardware)
-    adapted = PeftModel.from_pretrained(model, path)
+    adapted = _put_on(model, path)
     use_token_rows(adapted)
     use_fused_lora(adapted)
     return adapted, tokenizer, generation_config
+
+
+FOREIGN = ("auto_mapping", "megatron_config")
+"""Fields of an adapter_config.json by which PEFT would import a module that the file names."""
+
+
+def _check_adapter(path: Path) -> None:
+    """Refuse what would run code, before anything of it is read.
+
+    Raises:
+        UserError: weights in a pickle file alone, a config that is none, or one that names code to import.
+    """
+    config = read_json(path / "adapter_config.json")
+    foreign = [name for name in FOREIGN if config.get(name)]
+    if str(config.get("peft_type")) != "LORA" or foreign:
+        what = (
+            f"names code to import ({foreign[0]})" if foreign else f"is of type {config.get('peft_type')!r}"
+        )
+        raise UserError(
+            f"the adapter {what[:100]}",
+            where=str(path / "adapter_config.json"),
+            fix="LoRA adapters as lmlab or PEFT save them",
+        )
+    if not (path / "adapter_model.safetensors").is_file():
+        raise UserError(
+            "no adapter_model.safetensors",
+            where=str(path),
+            fix="a pickle file (.bin) is not opened: save it as safetensors",
+        )
+
+
+def _put_on(model: Any, path: Path) -> Any:
+    """The adapter of ``path`` on its base, every one of its tensors in a place and every place filled.
+
+    Raises:
+        UserError: a damaged file, or tensors that are not those of this base.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        adapted = PeftModel.from_pretrained(model, str(path))
+        with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
+            given = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"the adapter cannot be loaded: {detail}", where=str(path), fix="use one made for this base"
+        ) from error
+    wanted = {
+        name.removeprefix("base_model.model.").replace(".default", "")
+        for name, _ in adapted.named_parameters()
+        if ".lora_" in name
+    }
+    if missing := sorted(wanted - given) or sorted(name for name in given - wanted if ".lora_" in name):
+        raise UserError(
+            f"the adapter does not fit its base: {len(missing)} tensors without a partner, {missing[0]} the first",
+            where=str(path),
+            fix="use one made for this base",
+        )
+    return adapted

@@ -7,6 +7,7 @@ under torchrun or SLURM, where RANK is set already, it is one of the ranks.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ REQUEUE = 128 + signal.SIGUSR1
 
 def launch(run: RunDir, config: RunConfig) -> int:
     """Train the run in its directory, on as many processes as its config says; the exit code."""
+    with _patient_streams():
+        return _launch(run, config)
+
+
+def _launch(run: RunDir, config: RunConfig) -> int:
     if "RANK" in os.environ:
         return run_rank(run, config)
     run.out_of_memory.unlink(missing_ok=True)
@@ -175,6 +182,44 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
         session.close(code, reason)
         signal.signal(signal.SIGTERM, old)
     return code
+
+
+class _Patient:
+    """A stream whose reader may go away (``| head``): what is printed then is for nobody, and the run goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._to_nowhere()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._to_nowhere()
+
+    def _to_nowhere(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _patient_streams() -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Patient(stream) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lmlab.journal import Journal, RunDir, read_json
@@ -277,3 +278,94 @@ def test_a_whole_run_killed_while_it_saves_goes_on(tmp_path: Path) -> None:
     assert steps == list(range(1, len(steps) + 1))
     assert max(steps) > reached
     assert len(list(run.checkpoints.glob(".step-*.tmp"))) <= 1, "leftovers of earlier kills are gone"
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    process, _ = started(tmp_path)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), errors
+    assert time.monotonic() - began < 30
+
+
+def test_nobody_reads_the_output_any_more(tmp_path: Path) -> None:
+    """`python train.py | head -1`: the run ends as it would have, without a word about the pipe."""
+    told = [*QUICK, "trainer.max_steps=3", f"output_root={tmp_path}", "run_name=piped"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *told],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert process.wait(timeout=120) == 0, errors
+    assert "Traceback" not in errors
+    assert "BrokenPipe" not in errors
+    assert read_json(RunDir(tmp_path / "sft" / "piped").summary)["status"] == "finished"
+
+
+def test_a_rank_that_dies_ends_the_run_soon(tmp_path: Path) -> None:
+    process, run = started(tmp_path, "trainer.devices=2")
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    second = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+    second.kill()
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    assert process.returncode not in (0, 2)
+    assert "rank 1" in errors
+    assert read_json(run.summary)["status"] == "failed"
+    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_two_runs_of_two_ranks_at_once_do_not_share_a_port(tmp_path: Path) -> None:
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "train.py", *QUICK, "trainer.max_steps=2", "trainer.devices=2",
+             f"output_root={tmp_path}", f"run_name=run{index}"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    for process in runs:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+
+
+# --- places and data --------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_locale_and_a_path_with_blanks_and_umlauts(tmp_path: Path) -> None:
+    root = tmp_path / "\u00e4 b \u4e2d"
+    root.mkdir()
+    rows = [{"instruction": f"Sag {i}: \u00e9", "output": f"\u4e2d\u6587 {i}"} for i in range(60)]
+    file = root / "d\u00e4ten.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    bare = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+    told = ["data=jsonl", f'data.path="{file}"', "metrics=none", "trainer.accelerator=cpu", "trainer.memory_plan=false",
+            "trainer.max_steps=2", "samples.prompts=2", "logger.mode=offline", f'output_root="{root}"', "run_name=run"]  # fmt: skip
+    done = command("train.py", *told, **bare)  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir(root / "sft" / "run")
+    assert "\u4e2d\u6587" in run.mask_preview.read_text(encoding="utf-8")
+    assert read_json(run.summary)["status"] == "finished"
+
+
+def test_data_that_changed_since_is_refused_at_resume(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    told = ["data=jsonl", f"data.path={file}", *QUICK[2:], f"output_root={tmp_path}", "run_name=run"]
+    assert command("train.py", *told, "trainer.max_steps=1").returncode == 0
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(rows[0] | {"output": "More."}) + "\n")
+    done = command("train.py", *told, "trainer.max_steps=2", "resume=auto")
+    assert done.returncode == 2
+    assert "the data has changed" in done.stderr

@@ -198,11 +198,19 @@ def load_env() -> None:
     """
     from dotenv import dotenv_values
 
+    _use_utf8()
     for name, value in dotenv_values(Path.cwd() / ".env").items():
         if value:  # a line of .env.example left empty must not hide a default
             os.environ.setdefault(name, value)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def _use_utf8() -> None:
+    """Begin anew in UTF-8 mode where the locale would have paths in ASCII (LC_ALL=C): no name beyond it could be opened."""
+    if sys.getfilesystemencoding().lower().replace("-", "") != "utf8" and hasattr(sys, "orig_argv"):
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def to_run_config(composed: Any) -> Any:

@@ -14,6 +14,7 @@ import pickle
 import random
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -88,6 +89,7 @@ class FolderCheckpointIO(CheckpointIO):
             UserError: not a checkpoint, damaged, or with something in it that is neither a number nor a tensor.
         """
         verify_checkpoint(Path(path))
+        _refuse_compressed(Path(path) / "state.pt")
         try:
             return torch.load(Path(path) / "state.pt", map_location=map_location or "cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -100,6 +102,21 @@ class FolderCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Delete the folder."""
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_compressed(file: Path) -> None:
+    """torch stores its records as they are; one that is compressed could unpack to more than there is memory."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = [
+                entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED
+            ]
+    except (zipfile.BadZipFile, OSError, ValueError):
+        packed = [file.name]
+    if packed:
+        raise UserError(
+            f"not a checkpoint of torch's ({packed[0]})", where=str(file), fix="use another checkpoint"
+        )
 
 
 def _require_space(folder: Path, checkpoint: dict[str, Any]) -> None:
