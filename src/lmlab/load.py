@@ -156,7 +156,7 @@ def _load_adapter(
     return adapted, tokenizer, generation_config
 
 
-FOREIGN = ("auto_mapping", "megatron_config")
+FOREIGN = ("megatron_config",)
 """Fields of an adapter_config.json by which PEFT would import a module that the file names."""
 
 
@@ -191,23 +191,19 @@ def _put_on(model: Any, path: Path) -> Any:
     Raises:
         UserError: a damaged file, or tensors that are not those of this base.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     try:
         adapted = PeftModel.from_pretrained(model, str(path))
         with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
-            given = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118 - not a dict
+            given = set(file.keys())
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"the adapter cannot be loaded: {detail}", where=str(path), fix="use one made for this base"
         ) from error
-    wanted = {
-        name.removeprefix("base_model.model.").replace(".default", "")
-        for name, _ in adapted.named_parameters()
-        if ".lora_" in name
-    }
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if missing := sorted(wanted - given) or sorted(name for name in given - wanted if ".lora_" in name):
         raise UserError(
             f"the adapter does not fit its base: {len(missing)} tensors without a partner, {missing[0]} the first",

@@ -21,6 +21,10 @@ STOPPED_CODES = (130, 138, 143)
 """Exit codes of a run that a signal stopped: Ctrl-C, SLURM's SIGUSR1, SIGTERM."""
 
 
+OF_A_MULTIRUN = "LMLAB_OF_A_MULTIRUN"
+"""Set in the environment of a multirun's jobs."""
+
+
 class UserError(Exception):
     """Something the user can mend. Shown as one line ``error: what (where): what to do``, exit code 2.
 

@@ -1,7 +1,8 @@
 """Going on with a run: what may differ from how it was started, and what may not.
 
 With ``resume=PATH`` of another run's checkpoint a new run branches off there: its own directory and W&B run, the other's
-weights, optimizer, data position and random states. Whatever the weights do not depend on may be another then.
+weights, optimizer, random states and count of steps. Whatever these do not depend on may be another then; of other data,
+or under another global batch, it begins at the row that many steps would have come to.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ SAFE = [
     "model.gradient_checkpointing",
 ]
 """Keys that do not change what the steps already done meant."""
-OF_THE_WEIGHTS = ("model", "adapter", "quant")
-"""Groups that a branch has in common with the run it leaves."""
+OF_THE_STATE = ("model", "adapter", "quant", "optim")
+"""Groups that a branch has in common with the run it leaves: its weights and its optimizer's state, learning rate and all."""
 GEOMETRY = ("batch_size", "accumulate_grad_batches", "devices", "num_nodes", "strategy")
 """How a global batch is cut; free as long as its size stays."""
 
@@ -57,7 +58,7 @@ def check_unchanged(run: RunDir, config: RunConfig, *, data_hash: str, tokenizer
         UserError: names every such key with its old and new value.
     """
     source = branched_from(run, config)
-    if source is not None:
+    if source is not None and config.resume != "auto":
         _check_branch(source, config, tokenizer_hash=tokenizer_hash)
         return
     if not run.config.is_file():
@@ -92,8 +93,11 @@ def branched_from(run: RunDir, config: RunConfig) -> RunDir | None:
     Raises:
         UserError: ``resume`` names no checkpoint.
     """
-    if config.resume in (None, "auto"):
+    if config.resume is None:
         return None
+    if config.resume == "auto":  # a branch that has saved nothing of its own yet begins where it began
+        begun = read_json(run.info).get("branched_from")
+        return RunDir(Path(begun).parents[1]) if begun else None
     checkpoint = Path(str(config.resume)).absolute()
     if not (checkpoint / "manifest.json").is_file():
         raise UserError(
@@ -105,13 +109,21 @@ def branched_from(run: RunDir, config: RunConfig) -> RunDir | None:
     return None if source.path.resolve() == run.path.resolve() else source
 
 
+def goes_on(run: RunDir, config: RunConfig) -> bool:
+    """Whether ``resume`` goes on in the run's own directory; a branch begins one, which must be new."""
+    if config.resume in (None, "auto"):
+        return config.resume is not None
+    checkpoint = str(Path(str(config.resume)).absolute())
+    return branched_from(run, config) is None or read_json(run.info).get("branched_from") == checkpoint
+
+
 def _check_branch(source: RunDir, config: RunConfig, *, tokenizer_hash: str) -> None:
     from lmlab.config.compose import load_frozen
 
     changed = [
         change
         for key, change in _changes(load_frozen(source.config), config)
-        if (key.split(".", 1)[0] in OF_THE_WEIGHTS and key != "model.gradient_checkpointing")
+        if (key.split(".", 1)[0] in OF_THE_STATE and key != "model.gradient_checkpointing")
         # A base drawn from the seed and frozen is in no checkpoint.
         or (key == "seed" and config.adapter.freezes_base and config.model.source is None)
     ]
@@ -119,7 +131,7 @@ def _check_branch(source: RunDir, config: RunConfig, *, tokenizer_hash: str) -> 
         changed.append("the tokenizer is another")
     if changed:
         raise UserError(
-            f"a branch of {source.path.name} with other weights: {'; '.join(changed)}",
+            f"a branch of {source.path.name} under another state: {'; '.join(changed)}",
             where="resume",
             fix="put these as they were, or start without resume",
         )

@@ -207,6 +207,9 @@ class Session:
             return None, 0
         if self.config.resume == "auto":
             found = newest_checkpoint(self.run.checkpoints)
+            begun = read_json(self.run.info).get("branched_from")
+            if found is None and begun:
+                found = Path(begun)
             for damaged in sorted(self.run.checkpoints.glob("step-*")):
                 if found is None or damaged > found:
                     self.say(f"passed over a damaged checkpoint: {os.path.relpath(damaged)}")

@@ -35,7 +35,7 @@ from lmlab.data.prepared import PreparedData
 from lmlab.data.sources import cache_root
 from lmlab.journal import RunDir, check_run_name, read_json, slug, write_json
 from lmlab.records import UserError
-from lmlab.resume import branched_from, check_unchanged
+from lmlab.resume import branched_from, check_unchanged, goes_on
 
 TRAINED = ("bpe", "chars")
 """Kinds of tokenizers that are made from the run's own training text."""
@@ -66,12 +66,13 @@ def start(composed: Any, overrides: list[str]) -> int:
     config = to_run_config(composed)
     plan = plan_run(config, overrides)
     create_run(plan, overrides)
-    from lmlab.worker import launch
+    from lmlab.worker import launch, requeue
 
     try:
-        return launch(plan.run, plan.config)
+        code = launch(plan.run, plan.config)
     finally:
         plan.run.release()
+    return requeue(code)
 
 
 def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None = None) -> Plan:
@@ -89,7 +90,7 @@ def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None
         )
     name = check_run_name(config.run_name or run_name(overrides))
     run = RunDir(folder if folder is not None else Path(config.output_root) / config.task / name)
-    run.check_free(overwrite=config.overwrite, resume=config.resume is not None)
+    run.check_free(overwrite=config.overwrite, resume=goes_on(run, config))
     config = config.model_copy(update={"run_name": name})
     tokenizer_folder, encoder, size = prepare_tokenizer(config)
     _check_model(config, size)
@@ -239,7 +240,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def create_run(plan: Plan, overrides: Sequence[str]) -> None:
     """Make, lock and fill the run's directory; config.yaml comes last and marks it as complete."""
     run, config = plan.run, plan.config
-    run.create(overwrite=config.overwrite, resume=config.resume is not None)
+    run.create(overwrite=config.overwrite, resume=goes_on(run, config))
     shutil.copytree(plan.tokenizer, run.tokenizer, dirs_exist_ok=True)
     write_json(run.data_report, plan.prepared.meta["report"])
     shutil.copyfile(plan.prepared.folder / "mask_preview.txt", run.mask_preview)
@@ -255,11 +256,7 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
             "data_hash": plan.prepared.folder.name,
             "tokenizer_hash": plan.tokenizer_hash,
             "prepared": str(plan.prepared.folder),
-            **(
-                {"branched_from": str(Path(str(config.resume)).absolute())}
-                if branched_from(run, config)
-                else {}
-            ),
+            **_branch(run, config),
             # Drawn once and kept: a resumed run goes on in its own W&B run, an overwritten one gets a new one.
             "wandb_id": (read_json(run.info).get("wandb_id") if config.resume else None)
             or secrets.token_hex(6),
@@ -268,6 +265,14 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
         },
     )
     freeze(run, config)
+
+
+def _branch(run: RunDir, config: RunConfig) -> dict[str, str]:
+    """``branched_from``: the checkpoint of another run that this one began at, kept when it is gone on with."""
+    if branched_from(run, config) is None:
+        return {}
+    known = str(read_json(run.info).get("branched_from"))
+    return {"branched_from": known if config.resume == "auto" else str(Path(str(config.resume)).absolute())}
 
 
 def _git() -> dict[str, Any]:

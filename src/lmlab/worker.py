@@ -22,7 +22,7 @@ from typing import Any
 from lmlab.config.compose import freeze, load_env, load_frozen, report_error
 from lmlab.config.schema import RunConfig, world_size
 from lmlab.journal import RunDir, read_json, write_json
-from lmlab.records import RunFailedError, UserError
+from lmlab.records import OF_A_MULTIRUN, RunFailedError, UserError
 
 STARTED = time.monotonic()
 
@@ -48,8 +48,6 @@ def _launch(run: RunDir, config: RunConfig) -> int:
         smaller = halved(config)
         if smaller is not None:
             _begin_again(run, smaller)
-    if code == REQUEUE:
-        _requeue()
     return code
 
 
@@ -59,12 +57,13 @@ def halved(config: RunConfig) -> RunConfig | None:
     size = next((n for n in range(trainer.batch_size // 2, 0, -1) if trainer.batch_size % n == 0), None)
     if size is None:
         return None
-    smaller = {
+    smaller: dict[str, Any] = {
         "batch_size": size,
         "accumulate_grad_batches": trainer.accumulate_grad_batches * (trainer.batch_size // size),
         "val_batch_size": max(1, trainer.val_batch_size // 2),
     }
-    return config.model_copy(update={"trainer": trainer.model_copy(update=smaller), "resume": "auto"})
+    told = {"trainer": trainer.model_copy(update=smaller), "resume": "auto", "overwrite": False}
+    return config.model_copy(update=told)
 
 
 def _begin_again(run: RunDir, config: RunConfig) -> None:
@@ -82,16 +81,23 @@ def _begin_again(run: RunDir, config: RunConfig) -> None:
     )  # the lock stays: the same pid
 
 
-def _requeue() -> None:
-    """Put the SLURM job back into its queue; with ``resume=auto`` in its script it goes on from what was just saved."""
+def requeue(code: int) -> int:
+    """After SIGUSR1 put the SLURM job back into its queue; with ``resume=auto`` in its script it goes on from what was saved.
+
+    The last thing of a start: the queue may kill what is left of the job. Not for the jobs of a multirun, which share one.
+
+    Returns:
+        ``code``.
+    """
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return
+    if code != REQUEUE or job is None or OF_A_MULTIRUN in os.environ:
+        return code
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
         print(f"SLURM: job {job} is requeued; with resume=auto it goes on from here")
     except (OSError, subprocess.SubprocessError) as error:
         print(f"warning: SLURM: job {job} could not be requeued ({error})", file=sys.stderr)
+    return code
 
 
 def _launch_ranks(run: RunDir, config: RunConfig) -> int:
@@ -124,6 +130,9 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = int(read_json(run.summary).get("exit_code") or 1)
+        if run.out_of_memory.exists():  # then the first rank's SIGTERM came from here
+            code = 1
+            write_json(run.summary, {**read_json(run.summary), "status": "failed", "exit_code": code})
         if read_json(run.summary).get("status") != "finished" and code == 1:
             print(
                 f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above",
@@ -150,8 +159,9 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
     """Be one rank: build, train, write down how it ended; the exit code. Nothing is raised."""
     from lmlab.session import Session
 
-    old = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # outside the steps, where `GracefulStop` has its own
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     session = Session(run, config, started=STARTED)
     code, reason = 1, ""
     try:
@@ -180,7 +190,8 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
             print(f"error: the run failed: {_short(error)} (the lines above say where)", file=sys.stderr)
     finally:
         session.close(code, reason)
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
     return code
 
 
@@ -248,9 +259,10 @@ def main(arguments: list[str] | None = None) -> int:
             return launch(run, config)
         run.take_lock()
         try:
-            return launch(run, config)
+            code = launch(run, config)
         finally:
             run.release()
+        return requeue(code)
     except UserError as error:
         return report_error(error)
 

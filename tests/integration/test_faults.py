@@ -250,7 +250,10 @@ def test_slurm_s_signal_saves_and_requeues(tmp_path: Path, devices: int) -> None
     process, run = started(
         tmp_path, "resume=auto", f"trainer.devices={devices}", SLURM_JOB_ID="77", PATH=path
     )
-    process.send_signal(signal.SIGUSR1)
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in everyone:  # as slurmstepd does; the launcher then passes it on to its ranks once more
+        if each.pid == process.pid or "lmlab.worker" in " ".join(each.cmdline()):
+            each.send_signal(signal.SIGUSR1)
     out, errors = process.communicate(timeout=90)
     assert process.returncode == 138, errors
     assert (tmp_path / "called").read_text().split() == ["requeue", "77"]
@@ -283,6 +286,7 @@ def test_a_whole_run_killed_while_it_saves_goes_on(tmp_path: Path) -> None:
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     process, _ = started(tmp_path)
     process.send_signal(signal.SIGINT)
+    time.sleep(1.2)  # within a second it is taken for the same one
     process.send_signal(signal.SIGINT)
     began = time.monotonic()
     _, errors = process.communicate(timeout=60)

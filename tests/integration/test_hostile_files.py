@@ -152,7 +152,7 @@ def test_an_adapter_in_a_pickle_file(adapter: Path, harm: Path) -> None:
     [
         (
             {"auto_mapping": {"parent_library": "antigravity", "base_model_class": "X"}},
-            "names code to import",
+            None,
         ),
         ({"megatron_config": {"x": 1}, "megatron_core": "antigravity"}, "names code to import"),
         ({"peft_type": "NOTHING"}, "is of type"),
@@ -171,7 +171,7 @@ def test_an_adapter_config_that_asks_for_something_odd(
 
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    if said is None:  # no layer is called so: nothing to save, nothing done
+    if said is None:  # nothing is done about it
         load_for_use(str(adapter), accelerator="cpu")
     else:
         assert said in refusal(lambda: load_for_use(str(adapter), accelerator="cpu"))
@@ -276,3 +276,23 @@ def test_yaml_of_the_project_is_data_only() -> None:
     for file in CONF.rglob("*.yaml"):
         assert "_target_" not in file.read_text(encoding="utf-8")
         yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("how", ["dora", "rank pattern", "no task type"])
+def test_good_adapters_of_peft_s_own_are_not_refused(tmp_path: Path, how: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lmlab.config.compose import CONF
+
+    tiny = CONF.parent / "assets" / "tiny-base"
+    told: dict[str, Any] = {
+        "dora": {"use_dora": True, "task_type": "CAUSAL_LM"},
+        "rank pattern": {"rank_pattern": {"q_proj": 2}, "task_type": "CAUSAL_LM"},
+        "no task type": {},
+    }[how]
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **told)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "adapter")
+    assert load_for_use(str(tmp_path / "adapter"), accelerator="cpu").generator is not None

@@ -84,13 +84,64 @@ def test_a_branch_from_any_step_of_another_run(train: Train) -> None:
     assert read_json(same.info)["wandb_id"] != read_json(whole.info)["wandb_id"]
     rows = [json.loads(line) for line in same.metrics.read_text().splitlines()]
     assert min(row["step"] for row in rows if "train/loss" in row) == 8
-    other = train("branch-other", *common, f"resume={start}", "optim.lr=0.01", "trainer.val_every_n_steps=3")
-    assert list(compare_runs(whole, other, after=7)), "another learning rate changes the weights"
-    with pytest.raises(UserError, match=r"adapter\.rank was 16, now 4"):
-        train("branch-wrong", *common, f"resume={start}", "adapter.rank=4")
+    for changed in ("optim.lr=0.01", "adapter.rank=4"):  # the optimizer's state has its learning rate
+        key = changed.split("=")[0]
+        with pytest.raises(UserError, match=key.replace(".", r"\.") + " was"):
+            train("branch-wrong", *common, f"resume={start}", changed)
+    with pytest.raises(UserError, match="already exists"):
+        train("branch-same", *common, f"resume={whole.checkpoints / 'step-00000003'}")
+    # Stopped before it saved anything: auto begins where the branch began.
+    shutil.rmtree(same.checkpoints)
+    again = train("branch-same", *common, "resume=auto")
+    assert list(compare_runs(whole, again, after=7)) == []
+    assert read_json(again.info)["branched_from"] == str(start)
     with pytest.raises(UserError, match="not a checkpoint"):
         train("branch-nowhere", *common, f"resume={start.parent}")
     assert not RunDir(whole.path.with_name("branch-nowhere")).path.exists()
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_another_cut_of_the_same_global_batch(train: Train, step: int) -> None:
+    """As auto_batch does it: at an odd step too every later step has its own rows, and validations and saves their steps."""
+    common = [
+        *SMALL[:-5],
+        "trainer.max_steps=8",
+        "trainer.val_every_n_steps=2",
+        "checkpoint.every_n_steps=1",
+        "checkpoint.keep=20",
+    ]
+    common += ["adapter=lora", "trainer.log_every_n_steps=1", "samples.prompts=0"]
+    common = [o for o in common if not o.startswith("trainer.batch_size")]
+    whole = train(f"cut-whole-{step}", *common, "trainer.batch_size=8")
+    parts = RunDir(whole.path.with_name(f"cut-parts-{step}"))
+    shutil.copytree(whole.path, parts.path)
+    for later in parts.checkpoints.glob("step-*"):
+        if int(later.name[5:]) > step:
+            shutil.rmtree(later)
+    cut = ["trainer.batch_size=2", "trainer.accumulate_grad_batches=4"]
+    train(parts.path.name, *common, *cut, "resume=auto")
+
+    def logged(run: RunDir, name: str) -> dict[int, float]:
+        rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        return {row["step"]: row[name] for row in rows if name in row}
+
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4), name
+    assert logged(parts, "train/tokens") == logged(whole, "train/tokens")
+    assert [p.name for p in sorted(parts.checkpoints.iterdir())] == [
+        p.name for p in sorted(whole.checkpoints.iterdir())
+    ]
+
+
+def test_what_was_not_gone_on_from_is_removed_and_never_what_was_just_saved(train: Train) -> None:
+    common = ["checkpoint.keep=1" if o.startswith("checkpoint.keep") else o for o in told("lora", 1)]
+    run = train("kept", *told("lora", 1))
+    for path in run.checkpoints.iterdir():
+        if path.name not in ("step-00000004", "step-00000009", "step-00000012"):
+            shutil.rmtree(path)
+    short = [o for o in common if not o.startswith("trainer.max_steps")]
+    train("kept", *short, "trainer.max_steps=6", f"resume={run.checkpoints / 'step-00000004'}")
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000006"]
 
 
 def test_the_certificate_in_fresh_processes(train: Train, tmp_path: Path) -> None:

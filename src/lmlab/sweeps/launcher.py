@@ -27,7 +27,7 @@ from rich.table import Table
 
 from lmlab.config.compose import hydra_error, to_run_config
 from lmlab.journal import RunDir, check_run_name, read_json, slug
-from lmlab.records import RefusedError, UserError
+from lmlab.records import OF_A_MULTIRUN, STOPPED_CODES, RefusedError, UserError
 from lmlab.start import create_run, plan_run
 
 FIGURES = (
@@ -46,7 +46,7 @@ class Job:
     """One point of the sweep and what became of it.
 
     Attributes:
-        status: ``waiting``, ``running``, ``finished``, ``failed``, ``refused: reason`` or ``error: reason``.
+        status: ``waiting``, ``running``, ``finished``, ``interrupted``, ``failed``, ``refused: reason`` or ``error: reason``.
         exit_code: of its processes; 2 for a job that could not start.
     """
 
@@ -116,7 +116,9 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
             )
     if (root / "results.csv").exists():
         console.print(f"results: {os.path.relpath(root / 'results.csv')}", highlight=False, soft_wrap=True)
-    failed = [job for job in queue if job.status == "failed" or job.status.startswith("error")]
+    failed = [
+        job for job in queue if job.status in ("failed", "interrupted") or job.status.startswith("error")
+    ]
     for job in failed:
         print(f"error: job {job.number} ({job.label}) {job.status}", file=sys.stderr)
     return code or (1 if failed else 0)
@@ -193,7 +195,9 @@ def _start(job: Job, compose: Callable[[list[str]], Any], sweep: str) -> bool:
     job.run = plan.run
     plan.run.release()  # the job's own process is the writer; this parent only waits
     job.process = subprocess.Popen(
-        [sys.executable, "-m", "lmlab.worker", str(plan.run.path)], start_new_session=True
+        [sys.executable, "-m", "lmlab.worker", str(plan.run.path)],
+        env={**os.environ, OF_A_MULTIRUN: "1"},
+        start_new_session=True,
     )
     job.status = "running"
     return True
@@ -205,7 +209,9 @@ def _finish(job: Job) -> None:
     job.seconds = time.monotonic() - job.started
     job.exit_code = job.process.returncode
     summary = read_json(job.run.summary)
-    job.status = "finished" if job.exit_code == 0 and summary.get("status") == "finished" else "failed"
+    stopped = job.exit_code in STOPPED_CODES and summary.get("status") == "interrupted"
+    good = job.exit_code == 0 and summary.get("status") == "finished"
+    job.status = "finished" if good else "interrupted" if stopped else "failed"
 
 
 def _stop(queue: Sequence[Job]) -> None:

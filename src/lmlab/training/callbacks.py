@@ -6,6 +6,7 @@ the step and are read once per log point, then written to the journal, the mirro
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -226,6 +227,10 @@ class SampleGrid(Callback):
         self.log_samples(step, samples)
 
 
+REPEATED_SECONDS = 1.0
+"""Within this a signal is the same one again: SLURM tells every process of a job, and the launcher passes it on as well."""
+
+
 class GracefulStop(Callback):
     """SIGTERM, Ctrl-C or SLURM's SIGUSR1 end the run after the current optimizer step, on all ranks together; a second one at once.
 
@@ -235,7 +240,7 @@ class GracefulStop(Callback):
 
     def __init__(self, *, save: Callable[[Trainer], None]) -> None:
         self.signal: int | None = None
-        self._save, self._step = save, -1
+        self._save, self._step, self._caught_at = save, -1, 0.0
         self._old: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,8 +249,12 @@ class GracefulStop(Callback):
         assert isinstance(pl_module, CausalLMModule)
 
         def handle(number: int, frame: Any) -> None:
-            pl_module.caught_signal = number
-            signal.signal(number, signal.SIG_DFL)
+            now = time.monotonic()
+            if not pl_module.caught_signal:
+                pl_module.caught_signal, self._caught_at = number, now
+            elif now - self._caught_at > REPEATED_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
 
         for number in STOP_SIGNALS:
             self._old[number] = signal.signal(number, handle)

@@ -274,7 +274,12 @@ class Checkpoints(Callback):
                 )
             _warn(f"the checkpoint of step {trainer.global_step}", writer.failed)
             return
-        for old in sorted(self.run.checkpoints.glob("step-*"))[: -self.options.keep]:
+        saved = self.run.checkpoints / checkpoint_name(trainer.global_step)
+        others = sorted(path for path in self.run.checkpoints.glob("step-*") if path != saved)
+        # Later ones are of a run that this one did not go on from.
+        later = [path for path in others if path.name > saved.name]
+        older = [path for path in others if path.name < saved.name]
+        for old in later + older[: len(older) - (self.options.keep - 1)]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _validates(self, trainer: Trainer, step: int) -> bool:
@@ -294,7 +299,14 @@ class Checkpoints(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep this rank's random state until training starts."""
+        """Keep this rank's random state until training starts; count micro-batches as they are cut now."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = int(checkpoint["global_step"]) * trainer.accumulate_grad_batches
+        for counts in (progress["total"], progress["current"]):
+            # Lightning steps where this count divides by the accumulation, which may be another since.
+            shift = done - counts["ready"]
+            for name in ("ready", "started", "processed", "completed"):
+                counts[name] += shift
         states = checkpoint.get("rng") or []
         self._rng = states[trainer.global_rank] if trainer.global_rank < len(states) else None
 
