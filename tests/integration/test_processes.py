@@ -203,7 +203,7 @@ def test_sigterm_to_a_multirun_stops_its_jobs(tmp_path: Path) -> None:
     process.communicate(timeout=90)
     assert process.returncode == 143
     rows = list(csv.DictReader((root / "results.csv").open(encoding="utf-8")))
-    assert [row["status"] for row in rows] == ["failed", "not started"]
+    assert [row["status"] for row in rows] == ["interrupted", "not started"]
     assert read_json(RunDir(rows[0]["directory"]).summary)["status"] == "interrupted"
 
 
