@@ -89,7 +89,7 @@ MUTATIONS: list[Callable[[bytes, random.Random], bytes]] = [
 ]
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
 def test_no_file_gets_through_unseen(tmp_path: Path, part: int) -> None:
     file = tmp_path / "rows.jsonl"
     strict, lenient = config_for(file), config_for(file, "skip")

@@ -83,7 +83,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loss_that_is_no_number_stops_before_the_update(
     tmp_path: Path, failing: dict[str, Any], devices: int
 ) -> None:
@@ -110,6 +110,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     assert read_json(run.summary)["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_skipping_has_a_limit(tmp_path: Path, failing: dict[str, Any]) -> None:
     told = [*QUICK, "trainer.on_nonfinite=skip", "trainer.max_steps=8", f"output_root={tmp_path}"]
     once = command("train.py", *told, *with_failing("inf_once", at=3), "run_name=once", **failing)
@@ -131,7 +132,7 @@ def test_skipping_has_a_limit(tmp_path: Path, failing: dict[str, Any]) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_auto_batch_halves_until_it_fits(tmp_path: Path, failing: dict[str, Any], devices: int) -> None:
     """A GPU's own error, raised by a plugin: none is here to run out of memory."""
     told = [
@@ -164,6 +165,7 @@ def test_without_it_memory_is_one_line(tmp_path: Path, failing: dict[str, Any]) 
 # --- disks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_costs_the_checkpoints_and_not_the_run(tmp_path: Path) -> None:
     """Files may grow to 300 KB: enough for every line, too little for a checkpoint or the weights."""
 
@@ -239,7 +241,7 @@ def started(tmp_path: Path, *told: str, **environment: str) -> tuple[subprocess.
     return process, run
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_slurm_s_signal_saves_and_requeues(tmp_path: Path, devices: int) -> None:
     """The job's own script calls train.py with resume=auto: the same command goes on after the requeue."""
     (tmp_path / "bin").mkdir()
@@ -283,6 +285,7 @@ def test_a_whole_run_killed_while_it_saves_goes_on(tmp_path: Path) -> None:
     assert len(list(run.checkpoints.glob(".step-*.tmp"))) <= 1, "leftovers of earlier kills are gone"
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     process, _ = started(tmp_path)
     process.send_signal(signal.SIGINT)
@@ -315,6 +318,7 @@ def test_nobody_reads_the_output_any_more(tmp_path: Path) -> None:
     assert read_json(RunDir(tmp_path / "sft" / "piped").summary)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_soon(tmp_path: Path) -> None:
     process, run = started(tmp_path, "trainer.devices=2")
     ranks = psutil.Process(process.pid).children(recursive=True)
@@ -329,6 +333,7 @@ def test_a_rank_that_dies_ends_the_run_soon(tmp_path: Path) -> None:
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_two_runs_of_two_ranks_at_once_do_not_share_a_port(tmp_path: Path) -> None:
     runs = [
         subprocess.Popen(
@@ -362,6 +367,7 @@ def test_a_bare_locale_and_a_path_with_blanks_and_umlauts(tmp_path: Path) -> Non
     assert read_json(run.summary)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_data_that_changed_since_is_refused_at_resume(tmp_path: Path) -> None:
     rows = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(60)]
     file = tmp_path / "rows.jsonl"

@@ -115,6 +115,7 @@ def test_lightning_s_own_hook_for_instantiating_is_data_to_us(tmp_path: Path) ->
     assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.slow
 def test_resuming_from_one_is_refused_as_typed(trained: RunDir, tmp_path: Path, harm: Path) -> None:
     saved = tmp_path / "saved.pt"
     torch.save({"global_step": 1, "callbacks": Payload(harm)}, saved)
@@ -240,6 +241,7 @@ def test_a_config_that_names_code(tmp_path: Path, harm: Path, text: str) -> None
     assert not harm.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     ["+model._target_=os.mkdir", "+optim._target_=os.system", "++adapter={_target_: os.mkdir, kind: lora}", "run_name=../out",

@@ -60,6 +60,7 @@ def test_from_every_step(train: Train, adapter: str, accumulate: int) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_over_several_starts_with_workers(train: Train) -> None:
     common = told("lora", 1)
     whole = train("starts-whole", *common)
@@ -74,6 +75,7 @@ def test_over_several_starts_with_workers(train: Train) -> None:
     assert list(compare_runs(whole, parts)) == []
 
 
+@pytest.mark.slow
 def test_a_branch_from_any_step_of_another_run(train: Train) -> None:
     common = told("lora", 1)
     whole = train("trunk", *common)
@@ -100,7 +102,7 @@ def test_a_branch_from_any_step_of_another_run(train: Train) -> None:
     assert not RunDir(whole.path.with_name("branch-nowhere")).path.exists()
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_another_cut_of_the_same_global_batch(train: Train, step: int) -> None:
     """As auto_batch does it: at an odd step too every later step has its own rows, and validations and saves their steps."""
     common = [
@@ -133,6 +135,7 @@ def test_another_cut_of_the_same_global_batch(train: Train, step: int) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_was_not_gone_on_from_is_removed_and_never_what_was_just_saved(train: Train) -> None:
     common = ["checkpoint.keep=1" if o.startswith("checkpoint.keep") else o for o in told("lora", 1)]
     run = train("kept", *told("lora", 1))
@@ -144,6 +147,7 @@ def test_what_was_not_gone_on_from_is_removed_and_never_what_was_just_saved(trai
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000006"]
 
 
+@pytest.mark.slow
 def test_the_certificate_in_fresh_processes(train: Train, tmp_path: Path) -> None:
     run = train("certified", *told("lora", 1))
     done = command("scripts/check.py", "resume", str(run.path), "--steps", "4", "--at", "2")
@@ -165,6 +169,7 @@ def test_the_certificate_of_a_config_and_what_it_refuses(tmp_path: Path) -> None
         assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["metrics", "samples", "weights", "optimizer", "rng", "fewer"])
 def test_a_difference_is_found(train: Train, tmp_path: Path, change: str) -> None:
     import torch
