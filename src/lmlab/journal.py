@@ -368,22 +368,28 @@ class _Lines:
         line = json.dumps(_plain(row), ensure_ascii=False) + "\n"
         had_waited = len(self._waiting) > 1
         self._waiting += line.encode("utf-8", errors="backslashreplace")
+        error = self._write()
+        if error is not None and not had_waited:
+            print(
+                f"warning: {self.path.name} cannot be written ({error.strerror}): its lines are kept until it can",
+                file=sys.stderr,
+            )
+
+    def _write(self) -> OSError | None:
+        """As much of what waits as the disk takes; why it took no more."""
         try:
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]
         except OSError as error:
-            if not had_waited:
-                print(
-                    f"warning: {self.path.name} cannot be written ({error.strerror}): its lines are kept until it can",
-                    file=sys.stderr,
-                )
+            return error
+        return None
 
     def close(self) -> None:
-        """Try once more what waits, and close."""
+        """Try once more what waits, and close; what is lost then is said."""
         if self._file < 0:
             return
-        with contextlib.suppress(OSError):
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+        if error := self._write():
+            lost = self._waiting.count(b"\n")
+            print(f"warning: {lost} lines of {self.path.name} were lost ({error.strerror})", file=sys.stderr)
         os.close(self._file)
         self._file = -1

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lmlab.models.head import LossConfig
     from lmlab.models.quantize import QuantConfig
 
-KINDS = [
+KINDS = (
     "weights",
     "adapter",
     "gradients",
@@ -50,7 +50,7 @@ KINDS = [
     "head and loss",
     "workspace",
     "kept free",
-]
+)
 """What memory is for; ``kept free`` is what malloc keeps on a CPU of blocks that were freed."""
 WHOLE_UP_TO = 7  # layers up to which a model is run whole: 3 + 4 of them would take longer
 
