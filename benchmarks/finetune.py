@@ -27,6 +27,7 @@ from finetune_setting import (
     prepare_setting,
 )
 from side_by_side import (
+    DATA,
     RESULTS,
     ROOT,
     Contender,
@@ -36,6 +37,7 @@ from side_by_side import (
     markdown,
     paired_ratio,
     python,
+    require_data,
     run_once,
     save,
     spread,
@@ -44,7 +46,6 @@ from side_by_side import (
 
 HERE = ROOT / "benchmarks"
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
-DATA = Path(os.environ.get("LMLAB_TEST_DATA", ROOT.parent / "shared" / "data"))
 GATE = (
     1e-4  # of a loss near 10.8: fp32 sums in another order differ by some 1e-6 a step, a wrong mask by 1e-2
 )
@@ -250,6 +251,7 @@ def main() -> int:
     options.rows = tuple(map(int, options.rows.split(":")))
     if not PEERS.is_file():
         raise SystemExit("no peers here: run `make bench-peers` first")
+    require_data()
     suite = Suite(options)
     os.environ["LMLAB_CACHE"] = str(suite.folder / "cache")
     suite.result["rows"] = prepare_setting(suite.folder, DATA)

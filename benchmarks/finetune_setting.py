@@ -124,9 +124,10 @@ def make_base(folder: Path, data: Path) -> None:
 
     from lmlab.tokenizers import load_tokenizer
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder)  # type: ignore[arg-type]
     load_tokenizer(data / "tokenizers" / "gpt2").save_pretrained(folder)
+    torch.manual_seed(0)
+    # Last: that these are there says that the folder is whole.
+    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(folder)  # type: ignore[arg-type]
 
 
 def make_triples(path: Path, tokenizer_dir: Path, data: Path) -> None:

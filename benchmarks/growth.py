@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from side_by_side import (
+    DATA,
     OFFLINE,
     RESULTS,
     ROOT,
@@ -28,12 +29,12 @@ from side_by_side import (
     compare,
     markdown,
     python,
+    require_data,
     save,
     spread,
     write_figures,
 )
 
-DATA = Path(os.environ.get("LMLAB_TEST_DATA", ROOT.parent / "shared" / "data"))
 BOOK = "clm/books/Dracula.md"
 WARMUP = 4
 STEPS = 20
@@ -54,6 +55,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.role:
         return run(options.role)
+    require_data()
     work, machine = options.work.absolute(), Machine.of_threads(options.threads)
     sizes = [int(size) for size in options.corpora.split(",")]
     batches = [int(size) for size in options.batches.split(",")]

@@ -15,7 +15,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from side_by_side import OFFLINE, RESULTS, ROOT, Machine, python
+from side_by_side import OFFLINE, RESULTS, ROOT, Machine, python, require_data
 
 SUITES = ("startup", "stored_bits", "finetune", "growth", "shakespeare", "generation", "memory_plan")
 WITHOUT_REPEATS = ("stored_bits", "memory_plan")  # they count bytes, or measure each configuration once
@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--suites", default=",".join(SUITES))
     options = parser.parse_args()
+    require_data()
     RESULTS.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in options.suites.split(","):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from side_by_side import (
+    DATA,
     OFFLINE,
     ROOT,
     Contender,
@@ -31,6 +32,7 @@ from side_by_side import (
     markdown,
     paired_ratio,
     python,
+    require_data,
     save,
     spread,
     write_figures,
@@ -39,7 +41,7 @@ from side_by_side import (
 HERE = Path(__file__).resolve()
 TARGET = 1.88
 """Validation loss, nats per character: nanoGPT's README for this size after 2,000 iterations."""
-DATA = ROOT.parent / "shared" / "data" / "clm" / "tinyshakespeare.txt"
+TEXT = DATA / "clm" / "tinyshakespeare.txt"
 OWN = {"lmlab gpt2": "shakespeare_gpt2", "lmlab fast": "shakespeare_fast"}
 
 
@@ -49,12 +51,14 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--text", type=Path, default=DATA)
+    parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--steps", type=int, default=2000, help="iterations of both GPT-2s")
     parser.add_argument("--fast-steps", type=int, default=0, help="of the preset; 0 as the experiment says")
     parser.add_argument("--own", choices=sorted(OWN.values()), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=1, help=argparse.SUPPRESS)
     told = parser.parse_args()
+    if told.text == TEXT:
+        require_data()
     text = told.text.absolute()
     if told.own:
         steps = told.steps if told.own == OWN["lmlab gpt2"] else told.fast_steps

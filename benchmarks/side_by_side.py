@@ -24,9 +24,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("LMLAB_TEST_DATA", ROOT.parent / "shared" / "data"))
+"""Real text and tokenizers that the figures are taken over; see `require_data`."""
 RESULTS = Path(__file__).resolve().parent / "results"
 POLL_SECONDS = 0.02
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+
+
+def require_data() -> None:
+    """End the program in one line where the shared data is not at hand."""
+    if not (DATA / "clm").is_dir() or not (DATA / "tokenizers").is_dir():
+        print(
+            f"error: no shared data in {DATA}: set LMLAB_TEST_DATA to a folder with clm/ and tokenizers/",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 @dataclass(frozen=True)

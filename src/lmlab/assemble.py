@@ -316,16 +316,26 @@ def save_weights(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sample_prompts(config: RunConfig, prepared: PreparedData, prompting: Prompting) -> list[tuple[str, str]]:
+def sample_prompts(config: RunConfig, prepared: PreparedData, built: BuiltModel) -> list[tuple[str, str]]:
     """(what a person reads, what the model is given) for the sample grid; own prompts go through the template."""
-    chosen = config.samples.prompts
+    chosen, prompting = config.samples.prompts, built.prompting
     if isinstance(chosen, int):
         asked = prepared.meta["val_prompts"]
         # Spread over the split: neighbours often come from one group and look alike.
         count = min(chosen, len(asked))
-        picked = [asked[i * len(asked) // count] for i in range(count)]
-        return [(_shown(p["prompt"], prompting), p["prompt"]) for p in picked]
+        picked = [_fitting(asked[i * len(asked) // count]["prompt"], built) for i in range(count)]
+        return [(_shown(prompt, prompting), prompt) for prompt in picked]
     return [(text, prompting(text)) for text in chosen]
+
+
+def _fitting(prompt: str, built: BuiltModel) -> str:
+    """The beginning of a text's first words that leaves room in a very short context."""
+    from lmlab.generation.decode import context_length
+
+    limit = context_length(built.model)
+    while limit is not None and len(prompt) > 1 and len(built.generator.encode(prompt)) >= limit:
+        prompt = prompt[: len(prompt) // 2]
+    return prompt
 
 
 MARKS = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")

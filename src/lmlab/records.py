@@ -54,13 +54,16 @@ class RunFailedError(Exception):
 
     Args:
         everywhere: every rank fails alike, so the first one says it for all.
+        facts: more of it than fits into a line, for summary.json.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, everywhere: bool = False) -> None:
+    def __init__(
+        self, message: str, *, everywhere: bool = False, facts: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(message)
-        self.everywhere = everywhere
+        self.everywhere, self.facts = everywhere, facts or {}
 
 
 @dataclass(frozen=True)

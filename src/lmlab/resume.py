@@ -45,8 +45,9 @@ SAFE = [
     "model.gradient_checkpointing",
 ]
 """Keys that do not change what the steps already done meant."""
-OF_THE_STATE = ("model", "adapter", "quant", "optim")
-"""Groups that a branch has in common with the run it leaves: its weights and its optimizer's state, learning rate and all."""
+OF_THE_STATE = ("model.", "adapter.", "quant.", "optim.name")
+"""What a branch has in common with the run it leaves: its weights and its optimizer's state. Rates, decay, betas and the
+schedule are the branch's own."""
 GEOMETRY = ("batch_size", "accumulate_grad_batches", "devices", "num_nodes", "strategy")
 """How a global batch is cut; free as long as its size stays."""
 
@@ -123,7 +124,7 @@ def _check_branch(source: RunDir, config: RunConfig, *, tokenizer_hash: str) -> 
     changed = [
         change
         for key, change in _changes(load_frozen(source.config), config)
-        if (key.split(".", 1)[0] in OF_THE_STATE and key != "model.gradient_checkpointing")
+        if (key.startswith(OF_THE_STATE) and key != "model.gradient_checkpointing")
         # A base drawn from the seed and frozen is in no checkpoint.
         or (key == "seed" and config.adapter.freezes_base and config.model.source is None)
     ]

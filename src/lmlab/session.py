@@ -131,7 +131,8 @@ class Session:
         from lmlab.training.datamodule import LMDataModule
 
         config = self.config
-        module = self._module(built, prepared, meter, max_steps)
+        branches = resume_from is not None and resume_from.absolute().parent != self.run.checkpoints
+        module = self._module(built, prepared, meter, max_steps, branches=branches)
         datamodule = LMDataModule(prepared, config.trainer, seed=config.seed, flat=built.flat)
         progress = Progress(self.console, max_steps=max_steps, active=self.rank == 0)
         flops = step_flops(built.model, checkpointing=config.model.gradient_checkpointing)
@@ -147,7 +148,7 @@ class Session:
         stop = GracefulStop(save=checkpoints.save)
         samples = SampleGrid(
             built.generator,
-            prompts=sample_prompts(config, prepared, built.prompting),
+            prompts=sample_prompts(config, prepared, built),
             grid={name: config.samplers[name] for name in config.samples.grid},
             seed=config.samples.seed,
             every_n_steps=config.samples.every_n_steps,
@@ -173,7 +174,9 @@ class Session:
         self.figures.update({"skipped_steps": module.skipped_steps} if module.skipped_steps else {})
         return 0 if result.signal is None else 128 + result.signal
 
-    def _module(self, built: Any, prepared: PreparedData, meter: Any, max_steps: int) -> Any:
+    def _module(
+        self, built: Any, prepared: PreparedData, meter: Any, max_steps: int, *, branches: bool
+    ) -> Any:
         from lmlab.training.modules import PretrainModule, SFTModule, Validation
 
         config, meta = self.config, prepared.meta
@@ -197,6 +200,7 @@ class Session:
             meter=meter,
             on_nonfinite=config.trainer.on_nonfinite,
             max_nonfinite_steps=config.trainer.max_nonfinite_steps,
+            branches=branches,
         )
 
     def _resume_from(self) -> tuple[Path | None, int]:

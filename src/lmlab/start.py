@@ -30,6 +30,7 @@ from lmlab.data.chat_templates import (
     special_tokens,
     use_chat_template,
 )
+from lmlab.data.formats import Prompting
 from lmlab.data.prepare import TextEncoder, prepare, training_texts
 from lmlab.data.prepared import PreparedData
 from lmlab.data.sources import cache_root
@@ -93,8 +94,9 @@ def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None
     run.check_free(overwrite=config.overwrite, resume=goes_on(run, config))
     config = config.model_copy(update={"run_name": name})
     tokenizer_folder, encoder, size = prepare_tokenizer(config)
-    _check_model(config, size)
+    limit = _check_model(config, size)
     prepared = prepare(config.data, encoder, task=config.task)
+    _check_prompts(config, prepared.meta, encoder, limit)
     if prepared.packed:
         key = "data.cross_document_attention" if prepared.meta["stream"] else "data.packing"
         from lmlab.models.probe import require_flat
@@ -115,7 +117,8 @@ def run_name(overrides: Sequence[str]) -> str:
     return f"{slug('-'.join(parts), max_length=60) if parts else 'default'}-{secrets.token_hex(3)}"
 
 
-def _check_model(config: RunConfig, tokenizer_size: int) -> None:
+def _check_model(config: RunConfig, tokenizer_size: int) -> int | None:
+    """Refuse what cannot go together; the model's context, if it has one."""
     from lmlab.models.build import context_length
     from lmlab.tokenizers.load import check_vocabulary
 
@@ -131,6 +134,26 @@ def _check_model(config: RunConfig, tokenizer_size: int) -> None:
         tokenizer, added = _loaded_tokenizer(config)
         rows = hf_config.get_text_config().vocab_size
         check_vocabulary(tokenizer, rows, where=f"model {config.model.label}", added=added)
+    return limit
+
+
+def _check_prompts(
+    config: RunConfig, meta: dict[str, Any], encoder: TextEncoder, context: int | None
+) -> None:
+    """Prompts of one's own for the sample grid must leave room for a token of the answer."""
+    own = config.samples.prompts
+    if context is None or isinstance(own, int):
+        return
+    chat = encoder.render_chat if meta["format"] == "messages" else None
+    prompting = Prompting(meta["template"], chat)
+    for number, question in enumerate(own):
+        length = len(encoder.encode(prompting(question), add_bos=chat is None)[0])
+        if length >= context:
+            raise UserError(
+                f"the prompt has {length} tokens and the model's context is {context}",
+                where=f"samples.prompts[{number}]",
+                fix=f"shorten it to at most {context - 1} tokens, so that one can follow",
+            )
 
 
 def _loaded_tokenizer(config: RunConfig) -> tuple[Any, list[str]]:

@@ -52,16 +52,19 @@ def _launch(run: RunDir, config: RunConfig) -> int:
 
 
 def halved(config: RunConfig) -> RunConfig | None:
-    """The same global batch from micro-batches of half the size (or the largest smaller divisor); None: of one row already."""
+    """The same global batch from micro-batches of half the size (or the largest smaller divisor), validation's halved too.
+
+    None: of one row already, both.
+    """
     trainer = config.trainer
-    size = next((n for n in range(trainer.batch_size // 2, 0, -1) if trainer.batch_size % n == 0), None)
-    if size is None:
-        return None
+    size = next((n for n in range(trainer.batch_size // 2, 0, -1) if trainer.batch_size % n == 0), 1)
     smaller: dict[str, Any] = {
         "batch_size": size,
         "accumulate_grad_batches": trainer.accumulate_grad_batches * (trainer.batch_size // size),
         "val_batch_size": max(1, trainer.val_batch_size // 2),
     }
+    if all(getattr(trainer, name) == value for name, value in smaller.items()):
+        return None
     told = {"trainer": trainer.model_copy(update=smaller), "resume": "auto", "overwrite": False}
     return config.model_copy(update=told)
 
@@ -72,7 +75,8 @@ def _begin_again(run: RunDir, config: RunConfig) -> None:
     trainer = config.trainer
     print(
         f"out of memory: beginning again with trainer.batch_size={trainer.batch_size} "
-        f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, the same global batch",
+        f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, the same global batch, "
+        f"and trainer.val_batch_size={trainer.val_batch_size}",
         flush=True,
     )
     sys.stderr.flush()
@@ -170,6 +174,7 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
         code, reason = report_error(error), str(error)
     except RunFailedError as error:
         code, reason = error.exit_code, str(error)
+        session.figures.update(error.facts)
         if session.rank == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -181,7 +186,8 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
     ) as error:  # the last resort: whatever it was, it is written down and the run is closed as failed
         reason = f"{type(error).__name__}: {error}"
         if _out_of_memory(error):
-            run.out_of_memory.touch()
+            with contextlib.suppress(OSError):  # on a full disk too the line below is what counts
+                run.out_of_memory.touch()
             from lmlab.planning import out_of_memory
 
             print(f"error: out of memory: {out_of_memory(config, session.meter)}", file=sys.stderr)

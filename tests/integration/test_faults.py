@@ -98,7 +98,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     (line,) = [line for line in done.stderr.splitlines() if "gradient norm" in line]
     for part in (
         "step 4",
-        "training rows",
+        "records ",
         "lr ",
         "last finite loss",
         "the update was not made",

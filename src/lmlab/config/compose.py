@@ -350,10 +350,22 @@ def dump_yaml(config: Any) -> str:
 
 
 def freeze(run: RunDir, config: Any) -> None:
-    """Write the run's config.yaml, by rename."""
+    """Write the run's config.yaml, by rename.
+
+    Raises:
+        UserError: the disk is full, or will not be written to.
+    """
     temporary = beside(run.config, "tmp")
-    temporary.write_text(dump_yaml(config), encoding="utf-8")
-    temporary.replace(run.config)
+    try:
+        temporary.write_text(dump_yaml(config), encoding="utf-8")
+        temporary.replace(run.config)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"config.yaml cannot be written: {error.strerror}",
+            where=str(run.path),
+            fix="make room, or choose another output_root",
+        ) from error
 
 
 def load_frozen(path: Path) -> Any:

@@ -51,6 +51,10 @@ class DocumentRows(Dataset[Example]):
             tuple(len(ids) for ids, _ in pieces),
         )
 
+    def places(self, indices: Sequence[int]) -> list[str]:
+        """Where the documents in these rows came from."""
+        return self.shards.places([i for index in indices if index != BLANK for i in self.rows[index]])
+
 
 class StreamRows(Dataset[Example]):
     """Windows of ``max_length`` tokens over the whole split; the last one may be shorter; index `BLANK` is empty.
@@ -83,6 +87,16 @@ class StreamRows(Dataset[Example]):
         edges = [0, *cuts, len(ids)]
         return Example(ids, labels, tuple(b - a for a, b in itertools.pairwise(edges) if b > a))
 
+    def places(self, indices: Sequence[int]) -> list[str]:
+        """Where the documents that these windows show a part of came from."""
+        found: list[int] = []
+        for index in indices:
+            if index != BLANK:
+                start = index * self.max_length
+                end = min(start + self.max_length + 1, self.shards.num_tokens)
+                found += self.shards.documents(start, end)
+        return self.shards.places(found)
+
 
 class MixedRows(Dataset[Example]):
     """The rows of several sources, one source after another; which are drawn how often is the order's business."""
@@ -99,8 +113,23 @@ class MixedRows(Dataset[Example]):
             return blank_row()
         if not 0 <= index < len(self):
             raise IndexError(index)
+        part, within = self._place(index)
+        return self.parts[part][within]
+
+    def _place(self, index: int) -> tuple[int, int]:
         part = bisect_right(self.starts, index) - 1
-        return self.parts[part][index - self.starts[part]]
+        return part, index - self.starts[part]
+
+    def places(self, indices: Sequence[int]) -> list[str]:
+        """Where the documents in these rows came from."""
+        of_parts: list[list[int]] = [[] for _ in self.parts]
+        for index in indices:
+            if index != BLANK:
+                part, within = self._place(index)
+                of_parts[part].append(within)
+        return [
+            place for part, within in zip(self.parts, of_parts, strict=True) for place in part.places(within)
+        ]
 
 
 def blank_row() -> Example:

@@ -8,6 +8,7 @@ A mix of sources is prepared source by source; a directory of tokenize_corpus.py
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,13 +28,13 @@ from lmlab.data.files import Intake
 from lmlab.data.formats import FIELDS, FormatOptions, format_key, formats, template_source
 from lmlab.data.mix import MixData
 from lmlab.data.prepared import PreparedData, from_shards, mixed, row_meta
-from lmlab.data.shards import ShardWriter, write_index
+from lmlab.data.shards import ShardWriter, write_index, written_places
 from lmlab.data.sources import DataConfig, ShardsData, cache_root
 from lmlab.data.split import SIDES, SplitPlan, plan_split
 from lmlab.data.tally import Tally
 from lmlab.records import Document, Record, Segment, UserError
 
-ENCODING_VERSION = {"pretrain": 3, "sft": 4}
+ENCODING_VERSION = {"pretrain": 4, "sft": 5}
 """Of each task; raise it whenever the same data and tokenizer would give other files."""
 LONG_TEXT = 200_000
 """Characters from which a plain text is encoded in pieces: one call's offsets would take a hundred times its size."""
@@ -145,19 +146,23 @@ class _Encoding:
         writers = {
             side: ShardWriter(folder / side, vocab_size=self.encoder.vocab_size, flags=True) for side in sides
         }
-        if (
-            self.stream
-        ):  # one untrained EOS before the first document, so that its first token is predicted too
-            for writer in writers.values():
-                writer.add(np.asarray([self.encoder.eos_token_id]), np.zeros(1, bool))
-        for side, record in plan.sides(self.config.records(self.intake, task=self.task)):
-            try:
-                self._one(side, record, writers[side])
-            except BadRecordError as error:
-                if error.reason in ("no trained token", "too long"):  # the length policy's own doing
-                    self.intake.drop(error.reason, where=record.where, detail=error.detail)
+        with contextlib.ExitStack() as stack:
+            places = {side: stack.enter_context(written_places(folder / side)) for side in sides}
+            if self.stream:
+                # One untrained EOS before the first document, so that its first token is predicted too.
+                for side, writer in writers.items():
+                    writer.add(np.asarray([self.encoder.eos_token_id]), np.zeros(1, bool))
+                    places[side]("")
+            for side, record in plan.sides(self.config.records(self.intake, task=self.task)):
+                try:
+                    self._one(side, record, writers[side])
+                except BadRecordError as error:
+                    if error.reason in ("no trained token", "too long"):  # the length policy's own doing
+                        self.intake.drop(error.reason, where=record.where, detail=error.detail)
+                    else:
+                        self.intake.bad(error.reason, where=record.where, detail=error.detail)
                 else:
-                    self.intake.bad(error.reason, where=record.where, detail=error.detail)
+                    places[side](record.where)
         _check_sides(self.config, self.tally, sides)
         for side, writer in writers.items():
             write_index(folder / side, [writer.close()])

@@ -10,10 +10,13 @@ batch, not with the corpus.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +25,7 @@ import numpy as np
 from lmlab.records import UserError
 
 INDEX = "index.json"
+PLACES = "places.gz"
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -125,6 +129,19 @@ def write_index(folder: Path, entries: Sequence[dict[str, Any]], *, bos_token_id
     temporary.replace(folder / INDEX)
 
 
+@contextlib.contextmanager
+def written_places(folder: Path) -> Iterator[Callable[[str], None]]:
+    """Notes where each document of a split came from, one line each in their order; see `Shards.places`."""
+    with gzip.open(
+        folder / PLACES, "wt", compresslevel=1, encoding="utf-8", errors="backslashreplace", newline="\n"
+    ) as stream:
+
+        def note(place: str) -> None:
+            stream.write(place.replace("\n", " ") + "\n")
+
+        yield note
+
+
 class Shards:
     """One split, mapped from disk.
 
@@ -198,6 +215,21 @@ class Shards:
         base = int(self._token_base[shard])
         return base + int(self._offsets[shard][place]), base + int(self._offsets[shard][place + 1])
 
+    def places(self, documents: Sequence[int]) -> list[str]:
+        """Where these documents came from (file and line), each once and in the split's order; their numbers where nobody noted it."""
+        wanted = sorted(set(documents))
+        try:
+            with gzip.open(self.folder / PLACES, "rt", encoding="utf-8", newline="\n") as stream:
+                lines = itertools.islice(stream, wanted[-1] + 1) if wanted else ()
+                chosen = set(wanted)
+                return [
+                    line.rstrip("\n")
+                    for number, line in enumerate(lines)
+                    if number in chosen and line != "\n"
+                ]
+        except (OSError, EOFError):
+            return [f"document {number} of {self.folder}" for number in wanted]
+
     def starts(self, start: int, end: int) -> list[int]:
         """Where documents begin within tokens ``start .. end - 1``."""
         found: list[int] = []
@@ -210,6 +242,11 @@ class Shards:
             low, high = np.searchsorted(offsets, [start - base, end - base])
             found += (base + offsets[low:high]).tolist()
         return found
+
+    def documents(self, start: int, end: int) -> list[int]:
+        """Numbers of the documents that tokens ``start .. end - 1`` belong to."""
+        edges = self.starts(0, self.num_tokens)
+        return list(range(bisect_right(edges, start) - 1, bisect_left(edges, end)))
 
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64 ``[documents]``."""

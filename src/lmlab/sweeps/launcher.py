@@ -63,7 +63,7 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) -> int:
-    """Run all ``jobs`` (lists of overrides); 0 if all finished or were refused, 1 if one failed, 130 on Ctrl-C.
+    """Run all ``jobs`` (lists of overrides); 0 if all finished or were refused, 1 if one failed, 128 + the signal that stopped them.
 
     Args:
         compose: overrides -> composed config.
@@ -97,16 +97,17 @@ def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) 
         f"{len(queue)} jobs, {at_once} at a time, in {os.path.relpath(root)}", highlight=False, soft_wrap=True
     )
     code, done = 0, False
-    old = signal.signal(signal.SIGTERM, _interrupt)
+    old = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         _run_all(queue, at_once, compose, name, console)
         done = True
     except KeyboardInterrupt as error:
-        code = 143 if error.args else 130
+        code = 128 + int(error.args[0] if error.args else signal.SIGINT)
     finally:
         if not done:  # whatever ended the sweep, no job goes on without it
             _stop(queue)
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
         _write_results(root, queue)
     console.print(_table(queue), highlight=False)
     for job in queue:

@@ -71,11 +71,10 @@ class FolderCheckpointIO(CheckpointIO):
             step = int(checkpoint["global_step"])
             write_json(temporary / "manifest.json", {"step": step, "files": {"state.pt": about}}, sync=True)
             publish_folder(temporary, path)
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:  # torch.save's own writer turns a full disk into a RuntimeError
+        except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, RuntimeError) and not _is_of_the_disk(error):
+                raise
             self.failed = error if isinstance(error, OSError) else OSError(errno.EIO, _first_line(error))
             if self.on_error == "raise":
                 raise self.failed from error
@@ -125,6 +124,11 @@ def _require_space(folder: Path, checkpoint: dict[str, Any]) -> None:
     needed, free = sum(leaf.nbytes for leaf in leaves), shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free")
+
+
+def _is_of_the_disk(error: RuntimeError) -> bool:
+    """Whether it is how torch.save's own writer says that a file took less than it was given."""
+    return any(said in str(error) for said in ("PytorchStreamWriter", "unexpected pos", "iostream error"))
 
 
 def _first_line(error: BaseException) -> str:

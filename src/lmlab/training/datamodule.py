@@ -95,6 +95,10 @@ class LMDataModule(LightningDataModule):
         order, size = self.prepared.order(self.train_rows, seed=self.seed), self.options.rows_per_step
         return [order[index] for index in range(step * size, (step + 1) * size)]
 
+    def records_of_step(self, step: int) -> list[str]:
+        """Where the records of one optimizer step came from (file and line), over all ranks."""
+        return self.train_rows.places(self.rows_of_step(step))
+
     def train_dataloader(self) -> Iterable[PackedBatch]:
         """Endless; its position is the trainer's optimizer step, so that resuming needs no other state."""
         assert self.trainer is not None

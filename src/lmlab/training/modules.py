@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,7 @@ class CausalLMModule(LightningModule):
         meter: memory by phase.
         on_nonfinite: ``stop`` or ``skip`` when the loss or the gradient norm is not finite.
         max_nonfinite_steps: skipped updates after which the next one stops the run.
+        branches: it begins at another run's checkpoint, under its own learning rate, decay and betas.
     """
 
     strict_loading = False  # type: ignore[assignment]  # checkpoints hold the trained weights only
@@ -101,11 +103,13 @@ class CausalLMModule(LightningModule):
         meter: MemoryMeter,
         on_nonfinite: str = "stop",
         max_nonfinite_steps: int = 10,
+        branches: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.loss, self.optim = model, loss, optim
         self.max_steps, self.validation, self.meter = max_steps, validation, meter
         self.on_nonfinite, self.max_nonfinite_steps = on_nonfinite, max_nonfinite_steps
+        self.branches = branches
         self._finite_loss = math.nan  # nats per token, of the last step that had one
         self.totals = StepTotals()
         self.measure_memory = False
@@ -209,15 +213,21 @@ class CausalLMModule(LightningModule):
             return
         self.nonfinite_steps += 1
         allowed = self.max_nonfinite_steps if self.on_nonfinite == "skip" else 0
+        records = self.trainer.datamodule.records_of_step(step - 1)  # type: ignore[attr-defined]
+        shown = ", ".join(records[:8]) + (f" and {len(records) - 8} more" if len(records) > 8 else "")
+        what = (
+            f"the gradient norm is {norm:g} and the loss {loss:.4g} at step {step} (records {shown}; lr {lr:.3g}; "
+            f"last finite loss {self._finite_loss:.4g})"
+        )
         if self.nonfinite_steps > allowed:
-            rows = self.trainer.datamodule.rows_of_step(step - 1)  # type: ignore[attr-defined]
-            shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
             raise RunFailedError(
-                f"the gradient norm is {norm:g} and the loss {loss:.4g} at step {step} (training rows {shown}; lr {lr:.3g}; "
-                f"last finite loss {self._finite_loss:.4g}), so the update was not made: lower optim.lr, or "
+                f"{what}, so the update was not made: lower optim.lr, or "
                 + ("raise trainer.max_nonfinite_steps" if allowed else "trainer.on_nonfinite=skip"),
                 everywhere=True,
+                facts={"nonfinite/step": step, "nonfinite/records": records},
             )
+        if self.global_rank == 0:
+            print(f"warning: {what}: skipped ({self.nonfinite_steps} of {allowed})", file=sys.stderr)
         self.skipped_steps += 1
         for parameter in self._trainable:
             parameter.grad = None
@@ -227,8 +237,24 @@ class CausalLMModule(LightningModule):
         optimizer = self.optim.build(
             self._trainable, on_cuda=self.device.type == "cuda", scaled=self._scaler() is not None
         )
+        self._options = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.optim.factor(self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """A branch has the other run's optimizer state by now, with that run's options; give it its own."""
+        if not self.branches:
+            return
+        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+        schedule.base_lrs = [options["lr"] for options in self._options]
+        rates = [rate * self.optim.factor(self.max_steps)(schedule.last_epoch) for rate in schedule.base_lrs]
+        for group, options, rate in zip(optimizer.param_groups, self._options, rates, strict=True):
+            group.update(options, initial_lr=options["lr"], lr=rate)
 
     # --- validation ---------------------------------------------------------------------------------------------
 
