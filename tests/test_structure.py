@@ -226,3 +226,14 @@ def test_no_file_knows_this_machine() -> None:
     assert "train.py" in names
     files = [ROOT / name for name in names if (ROOT / name).is_file()]
     assert [file for file in files if HOME_PATH.search(file.read_bytes())] == []
+
+
+def test_the_table_of_faults_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)
+    assert rows == [str(number) for number in range(1, 35)]
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", text)
+    assert len(named) >= len(rows)
+    for file, name in named:
+        functions = [node for node in tree(ROOT / "tests" / file).body if isinstance(node, ast.FunctionDef)]
+        assert name in {function.name for function in functions}, f"{file}::{name}"

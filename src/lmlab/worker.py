@@ -8,6 +8,7 @@ under torchrun or SLURM, where RANK is set already, it is one of the ranks.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -29,6 +30,7 @@ STARTED = time.monotonic()
 
 SHUTDOWN_SECONDS = 120
 """What ranks that were told to stop have for their step and their checkpoint; torch's own default is 30."""
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 REQUEUE = 128 + signal.SIGUSR1
 """Exit code after SIGUSR1, which SLURM sends ahead of a time limit (``#SBATCH --signal=USR1@90``)."""
 
@@ -250,9 +252,21 @@ def _short(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
+def _end_with_launcher() -> None:
+    """A job of a multirun is told to save and stop when its launcher goes away, however that went (Linux)."""
+    launcher = os.environ.get(OF_A_MULTIRUN, "")
+    if not launcher.isdigit() or "RANK" in os.environ:
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(launcher):  # gone already
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """``python -m lmlab.worker RUN_DIR``."""
     given: list[str] = sys.argv[1:] if arguments is None else arguments
+    _end_with_launcher()
     load_env()
     try:
         if len(given) != 1:

@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 class LmlabSweeper(Sweeper):
     """``-m``: expands the sweep and gives each job processes of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, params: Any = None) -> None:
+        self.params = params
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
 
@@ -31,5 +32,9 @@ class LmlabSweeper(Sweeper):
 
 
 ConfigStore.instance().store(
-    group="hydra/sweeper", name="lmlab", node={"_target_": f"{__name__}.LmlabSweeper"}, provider="lmlab"
+    group="hydra/sweeper",
+    name="lmlab",
+    # Sweeps of an experiment file: {optim.lr: "1e-3,1e-4"}, as they would stand on the command line.
+    node={"_target_": f"{__name__}.LmlabSweeper", "params": {}},
+    provider="lmlab",
 )

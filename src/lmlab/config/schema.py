@@ -27,10 +27,33 @@ from lmlab.tracking.wandb import LoggerConfig
 from lmlab.training.options import CallbackConfig, CheckpointConfig, OptimConfig, SamplesConfig, TrainerConfig
 
 
-class LauncherConfig(Config):
-    """How a multirun starts its jobs: ``jobs`` at a time, each a fresh process group."""
+class LocalLauncher(Config):
+    """Jobs of a multirun as process groups on this machine, ``jobs`` at a time."""
 
+    kind: Literal["local"]
     jobs: int = Field(ge=1)
+
+
+class SlurmLauncher(Config):
+    """Jobs of a multirun as SLURM jobs, through submitit.
+
+    Attributes:
+        jobs: in the queue at the same time.
+        time_minutes: wall-clock limit of each; one that reaches it saves and goes on in a new job.
+        cpus_per_task, memory_gb: None as the partition has it.
+        parameters: more of submitit's, such as ``slurm_qos``.
+        cluster: ``local`` is submitit's own stand-in for SLURM on this machine.
+    """
+
+    kind: Literal["slurm"]
+    jobs: int = Field(ge=1)
+    partition: str | None
+    account: str | None
+    time_minutes: int = Field(ge=1)
+    cpus_per_task: int | None = Field(ge=1)
+    memory_gb: float | None = Field(gt=0)
+    parameters: dict[str, Any]
+    cluster: Literal["slurm", "local"]
 
 
 class RunConfig(Config):
@@ -58,7 +81,7 @@ class RunConfig(Config):
     logger: LoggerConfig
     callbacks: dict[str, CallbackConfig]
     metrics: dict[str, MetricConfig]
-    launcher: LauncherConfig
+    launcher: LocalLauncher | SlurmLauncher
 
 
 _built: dict[tuple[Any, ...], type[RunConfig]] = {}

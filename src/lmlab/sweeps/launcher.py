@@ -1,294 +1,344 @@
 """Runs the jobs of a multirun, each as fresh processes on its frozen config, and ends in one table.
 
-A job whose configuration cannot train is a row ``refused: reason``; a job that fails is a row too, and the others go
-on. Directories: ``outputs/sweeps/<sweep>/<n>-<slug>/``; ``results.csv`` beside them is rewritten after every job.
+A job whose configuration cannot train is a row ``refused: reason``; one that fails, or does not fit into memory, is a row
+too, and the others go on. Directories: ``outputs/sweeps/<sweep>/<n>-<slug>/``; ``results.csv`` beside them is rewritten
+after every job. The same command with the same ``run_name`` goes on with a sweep that was stopped: what finished is left
+alone, what was interrupted or failed goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import datetime
 import os
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from lmlab.config.compose import hydra_error, to_run_config
 from lmlab.journal import RunDir, check_run_name, read_json, slug
-from lmlab.records import OF_A_MULTIRUN, STOPPED_CODES, RefusedError, UserError
+from lmlab.records import STOPPED_CODES, RefusedError, UserError
 from lmlab.start import create_run, plan_run
-
-FIGURES = (
-    "final/val/loss",
-    "best/val_loss",
-    "final/val/exact_match",
-    "model/params_trainable",
-    "model/base_bits_per_param",
-    "memory/peak_gb",
-    "perf/tokens_per_second_median",
+from lmlab.sweeps.board import Board, outcome
+from lmlab.sweeps.executors import CONSOLE, Executor, Handle, LocalProcesses, Slurm
+from lmlab.sweeps.jobs import (
+    NOT_STARTED,
+    OUT_OF_MEMORY,
+    GridPoints,
+    Job,
+    Points,
+    label_of,
+    read_results,
+    write_results,
 )
 
-
-@dataclass
-class Job:
-    """One point of the sweep and what became of it.
-
-    Attributes:
-        status: ``waiting``, ``running``, ``finished``, ``interrupted``, ``failed``, ``refused: reason`` or ``error: reason``.
-        exit_code: of its processes; 2 for a job that could not start.
-    """
-
-    number: int
-    overrides: list[str]
-    label: str
-    folder: Path
-    status: str = "waiting"
-    exit_code: int = 0
-    seconds: float = 0.0
-    process: subprocess.Popen[bytes] | None = None
-    run: RunDir | None = None
-    started: float = 0.0
+Compose = Callable[[list[str]], Any]
+STOP_SECONDS = 120.0
+"""What jobs that were told to stop have for their step and their checkpoint."""
+ASKED_EVERY = 1.0
+"""Seconds between two looks at whether a running job is worth going on with."""
 
 
-def run_jobs(jobs: Sequence[list[str]], *, compose: Callable[[list[str]], Any]) -> int:
-    """Run all ``jobs`` (lists of overrides); 0 if all finished or were refused, 1 if one failed, 128 + the signal that stopped them.
+def run_jobs(points: Points, *, compose: Compose, first: list[str]) -> int:
+    """Run what ``points`` gives; 0 if no job failed, else 1, or 128 + the signal that stopped them.
 
     Args:
         compose: overrides -> composed config.
+        first: overrides that say where the sweep lies and how it is launched, which cannot differ between jobs.
 
     Raises:
-        UserError: the sweep's directory exists already.
+        UserError: the sweep's directory is taken, or the launcher cannot start jobs.
     """
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log file has no narrow screen
-    first = compose(
-        list(jobs[0])
-    )  # where the sweep lies and how many jobs at once cannot differ between jobs
+    composed = compose(first)
     with contextlib.suppress(
         RefusedError
-    ):  # a refused point is a row; anything else is wrong for the whole sweep
-        to_run_config(first)
-    name = _sweep_name(first.run_name, jobs)
-    root = Path(first.output_root) / "sweeps" / name
-    if root.exists() and not first.overwrite:
-        raise UserError(
-            "this sweep directory already exists",
-            where=str(root),
-            fix="choose another run_name, or overwrite=true",
-        )
-    if (root / "results.csv").exists():
-        shutil.rmtree(root)
-    queue = _queue(jobs, root)
-    at_once = max(1, int(first.launcher.jobs))
-    console.print(
-        f"{len(queue)} jobs, {at_once} at a time, in {os.path.relpath(root)}", highlight=False, soft_wrap=True
-    )
-    code, done = 0, False
-    old = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    ):  # a refused point is a row; anything else is wrong for all of them
+        to_run_config(composed)
+    name = _sweep_name(composed.run_name, points.keys)
+    root = Path(composed.output_root) / "sweeps" / name
+    sweep = _Sweep(points, compose=compose, root=root.absolute(), options=composed.launcher, console=console)
+    sweep.claim(overwrite=bool(composed.overwrite))
     try:
-        _run_all(queue, at_once, compose, name, console)
-        done = True
-    except KeyboardInterrupt as error:
-        code = 128 + int(error.args[0] if error.args else signal.SIGINT)
+        code = sweep.run()
     finally:
-        if not done:  # whatever ended the sweep, no job goes on without it
-            _stop(queue)
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        _write_results(root, queue)
-    console.print(_table(queue), highlight=False)
-    for job in queue:
-        if job.status.startswith("refused"):
-            console.print(
-                f"job {job.number} ({job.label}) {job.status}", markup=False, highlight=False, soft_wrap=True
-            )
-    if (root / "results.csv").exists():
-        console.print(f"results: {os.path.relpath(root / 'results.csv')}", highlight=False, soft_wrap=True)
-    failed = [
-        job for job in queue if job.status in ("failed", "interrupted") or job.status.startswith("error")
-    ]
+        sweep.release()
+    sweep.report()
+    failed = [job for job in sweep.jobs if job.went_wrong]
     for job in failed:
-        print(f"error: job {job.number} ({job.label}) {job.status}", file=sys.stderr)
+        print(f"error: job {job.number} ({job.label}) {job.status}{_why(job)}", file=sys.stderr)
     return code or (1 if failed else 0)
 
 
-def _queue(jobs: Sequence[list[str]], root: Path) -> list[Job]:
-    """The jobs in order, each labelled by what varies."""
-    varied = _varied(jobs)
-    labels = [_label(overrides, varied) for overrides in jobs]
-    return [
-        Job(number, list(overrides), label, root / f"{number}-{slug(label, max_length=60)}")
-        for number, (overrides, label) in enumerate(zip(jobs, labels, strict=True))
-    ]
+class _Sweep:
+    """One start of a sweep in its directory."""
+
+    def __init__(
+        self, points: Points, *, compose: Compose, root: Path, options: Any, console: Console
+    ) -> None:
+        self.points, self.compose, self.root, self.console = points, compose, root, console
+        self.at_once = max(1, int(options.jobs))
+        self.executor: Executor = (
+            Slurm(options, root / "submitit") if options.kind == "slurm" else LocalProcesses(self.at_once)
+        )
+        self.jobs: list[Job] = []
+        self.handles: dict[int, Handle] = {}
+        self._earlier: dict[int, dict[str, str]] = {}
+        self._asked = 0.0
+        self._more = True
+        self._lock = RunDir(root)
+        total = len(points.jobs) if isinstance(points, GridPoints) else None
+        self.board = Board(console, self.jobs, total=total)
+
+    # --- the directory ------------------------------------------------------------------------------------------
+
+    def claim(self, *, overwrite: bool) -> None:
+        """Take the sweep's directory: a new one, or one of the same sweep to go on with.
+
+        Raises:
+            UserError: something else is there, or another start is at work in it.
+        """
+        results = self.root / "results.csv"
+        if self.root.exists() and not results.exists() and any(self.root.glob("[!.]*")):
+            raise UserError("not a sweep's directory", where=str(self.root), fix="choose another run_name")
+        if overwrite and results.exists():
+            self._lock.take_lock()  # refuses while it is at work
+            shutil.rmtree(self.root)
+        self._earlier = read_results(results)
+        for number, row in self._earlier.items():
+            asked = self.points.next(number) if number >= self.points.begins_at else None
+            if asked is not None and _meaning(" ".join(asked)) != _meaning(row["overrides"]):
+                raise UserError(
+                    f"this directory holds another sweep (its job {number} was {row['overrides'] or 'the defaults'})",
+                    where=str(self.root),
+                    fix="choose another run_name, or overwrite=true",
+                )
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock.take_lock()
+
+    def release(self) -> None:
+        """Let go of the directory; one that nothing was written to goes."""
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Until there are no more points; 0, or 128 + the signal that ended it early."""
+        code, done = 0, False
+        old = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._say_what_begins()
+        try:
+            with self.board:
+                self._run_all()
+            done = True
+        except KeyboardInterrupt as error:
+            code = 128 + int(error.args[0] if error.args else signal.SIGINT)
+        finally:
+            if not done:  # whatever ended the sweep, no job goes on without it
+                self._stop()
+            for number, handler in old.items():
+                signal.signal(number, handler)
+            self._write()
+        return code
+
+    def _say_what_begins(self) -> None:
+        many = f"{len(self.points.jobs)} jobs" if isinstance(self.points, GridPoints) else "a search"
+        self.board.say(f"{many}, {self.at_once} at a time, in {os.path.relpath(self.root)}")
+
+    def _run_all(self) -> None:
+        while self._more or self.handles:
+            while self._more and len(self.handles) < self.at_once and self._begin():
+                pass
+            for job in [job for job in self.jobs if job.number in self.handles]:
+                code = self.handles[job.number].poll()
+                if code is not None:
+                    self._end(job, code)
+            self._look_at_running()
+            self.board.refresh()
+            if self.handles:
+                time.sleep(0.1)
+
+    def _begin(self) -> bool:
+        """Start the next job; False if there is none now."""
+        number = len(self.jobs)
+        if number < self.points.begins_at:  # of an earlier start, and known to the points
+            self.jobs.append(self._as_it_was(number, []))
+            return True
+        overrides = self.points.next(number)
+        if overrides is None:
+            self._more = bool(self.handles)  # what ends may bring new ones
+            return False
+        job = self._as_it_was(number, overrides)
+        self.jobs.append(job)
+        if job.is_done:
+            return True
+        handle = self._start(job)
+        if handle is None:
+            self.points.done(job)
+        else:
+            self.handles[number] = handle
+        self.board.tell(job)
+        self._write()
+        return True
+
+    def _as_it_was(self, number: int, overrides: list[str]) -> Job:
+        """A new job, or the row of an earlier start."""
+        row = self._earlier.get(number)
+        if row is not None and not overrides:
+            overrides = row["overrides"].split()
+        label = label_of(overrides, self.points.keys)
+        job = Job(number, overrides, label, self.root / f"{number}-{slug(label, max_length=60)}")
+        if row is None:
+            return job
+        run = RunDir(job.folder)
+        job.status, job.exit_code, job.seconds = (
+            row["status"],
+            int(row["exit_code"] or 0),
+            float(row["seconds"] or 0),
+        )
+        job.run = run if run.config.is_file() else None
+        if job.status == "finished" and read_json(run.summary).get("status") != "finished":
+            job.status = "interrupted"  # somebody's clearing up has taken its files
+        if not job.is_done and number >= self.points.begins_at:
+            job.status, job.run = "waiting", None
+        return job
+
+    def _start(self, job: Job) -> Handle | None:
+        """Compose, check, freeze and start one job; None if it cannot start, with the reason in its status."""
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        job.started = time.monotonic()
+        try:
+            try:
+                config = to_run_config(self.compose(job.overrides))
+            except (HydraException, OmegaConfBaseException) as error:
+                raise hydra_error(error) from error
+            again = RunDir(job.folder).config.is_file()
+            if job.folder.exists() and not again:
+                shutil.rmtree(job.folder)  # begun by a start that was killed, and never complete
+            told = {
+                "run_name": check_run_name(job.folder.name),
+                "logger": config.logger.model_copy(update={"group": config.logger.group or self.root.name}),
+                "resume": "auto" if again else None if config.resume == "auto" else config.resume,
+                "overwrite": False,
+            }
+            plan = plan_run(config.model_copy(update=told), job.overrides, folder=job.folder)
+            create_run(plan, job.overrides)
+        except RefusedError as error:
+            job.status, job.exit_code = f"refused: {error}", 2
+            return None
+        except UserError as error:
+            job.status, job.exit_code = f"error: {error}", 2
+            return None
+        job.run, job.status = plan.run, "running"
+        job.steps = plan.config.trainer.steps(plan.prepared.meta["report"]["rows"]["train"])
+        plan.run.out_of_memory.unlink(missing_ok=True)
+        plan.run.release()  # the job's own process is the writer; this parent only waits
+        return self.executor.start(job, plan.config)
+
+    def _end(self, job: Job, code: int) -> None:
+        assert job.run is not None
+        del self.handles[job.number]
+        job.seconds += time.monotonic() - job.started
+        job.exit_code = code
+        summary = read_json(job.run.summary)
+        if job.status == "running":
+            job.status = _status(code, str(summary.get("status")), job.run)
+        self.points.done(job)
+        self.board.tell(job)
+        self._write()
+
+    def _look_at_running(self) -> None:
+        if time.monotonic() - self._asked < ASKED_EVERY:
+            return
+        self._asked = time.monotonic()
+        for job in self.jobs:
+            if job.status == "running" and self.points.hopeless(job):
+                job.status = "pruned"
+                self.handles[job.number].stop()
+
+    def _stop(self) -> None:
+        """Pass the stop on and wait for the jobs to save."""
+        for handle in self.handles.values():
+            handle.stop()
+        until = time.monotonic() + STOP_SECONDS
+        for job in [job for job in self.jobs if job.number in self.handles]:
+            handle = self.handles[job.number]
+            while (code := handle.poll()) is None:
+                if time.monotonic() > until:
+                    handle.kill()
+                time.sleep(0.1)
+            self._end(job, code)
+        if isinstance(self.points, GridPoints):
+            for number in range(len(self.jobs), len(self.points.jobs)):
+                job = self._as_it_was(number, list(self.points.jobs[number]))
+                job.status = job.status if job.is_done else "not started"
+                self.jobs.append(job)
+
+    # --- the end ------------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """results.csv; a command line that is wrong for every job leaves nothing behind."""
+        if all(job.status.startswith("error") or job.status in NOT_STARTED for job in self.jobs):
+            return
+        write_results(self.root / "results.csv", self.jobs)
+
+    def report(self) -> None:
+        """The table, the reasons of refusals, and where the rest lies."""
+        self.console.print(outcome(self.jobs), highlight=False)
+        for job in self.jobs:
+            if job.status.startswith("refused"):
+                self.board.say(f"job {job.number} ({job.label}) {job.status}")
+        if (self.root / "results.csv").exists():
+            self.board.say(f"results: {os.path.relpath(self.root / 'results.csv')}")
+
+
+def _status(code: int, said: str, run: RunDir) -> str:
+    """What an exit code and the run's own word for its end come to."""
+    if code == 0 and said == "finished":
+        return "finished"
+    if code in STOPPED_CODES and said == "interrupted":
+        return "interrupted"
+    return OUT_OF_MEMORY if run.out_of_memory.exists() else "failed"
+
+
+def _why(job: Job) -> str:
+    """The last line of what a failed job printed, and where the rest is."""
+    console = job.folder / CONSOLE
+    if job.run is None or not console.is_file():
+        return ""
+    lines = console.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    said = f": {errors[-1].removeprefix('error: ')[:300]}" if errors else f" (exit code {job.exit_code})"
+    return f"{said} (see {os.path.relpath(console)})"
 
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _run_all(
-    queue: list[Job], at_once: int, compose: Callable[[list[str]], Any], sweep: str, console: Console
-) -> None:
-    waiting, running = list(queue), []
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            job = waiting.pop(0)
-            if _start(job, compose, sweep):
-                running.append(job)
-                console.print(
-                    f"[{job.number + 1}/{len(queue)}] {job.label}",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
-                )
-            else:
-                console.print(
-                    f"[{job.number + 1}/{len(queue)}] {job.label}: {job.status}",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
-                )
-        for job in [j for j in running if j.process is not None and j.process.poll() is not None]:
-            running.remove(job)
-            _finish(job)
-            _write_results(job.folder.parent, queue)
-        time.sleep(0.1)
+def _meaning(overrides: str) -> list[str]:
+    """Overrides without those that only say how to go on."""
+    return [
+        o for o in overrides.split() if o.partition("=")[0] not in ("resume", "overwrite", "launcher.jobs")
+    ]
 
 
-def _start(job: Job, compose: Callable[[list[str]], Any], sweep: str) -> bool:
-    """Compose, check, freeze and start one job; False if it cannot start, with the reason in its status."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    job.started = time.monotonic()
-    try:
-        try:
-            config = to_run_config(compose(job.overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise hydra_error(error) from error
-        config = config.model_copy(
-            update={
-                "run_name": check_run_name(job.folder.name),
-                "logger": config.logger.model_copy(update={"group": config.logger.group or sweep}),
-            }
-        )
-        plan = plan_run(config, job.overrides, folder=job.folder)
-        create_run(plan, job.overrides)
-    except RefusedError as error:
-        job.status, job.exit_code = f"refused: {error}", 2
-        return False
-    except UserError as error:
-        job.status, job.exit_code = f"error: {error}", 2
-        return False
-    job.run = plan.run
-    plan.run.release()  # the job's own process is the writer; this parent only waits
-    job.process = subprocess.Popen(
-        [sys.executable, "-m", "lmlab.worker", str(plan.run.path)],
-        env={**os.environ, OF_A_MULTIRUN: "1"},
-        start_new_session=True,
-    )
-    job.status = "running"
-    return True
-
-
-def _finish(job: Job) -> None:
-    assert job.process is not None
-    assert job.run is not None
-    job.seconds = time.monotonic() - job.started
-    job.exit_code = job.process.returncode
-    summary = read_json(job.run.summary)
-    stopped = job.exit_code in STOPPED_CODES and summary.get("status") == "interrupted"
-    good = job.exit_code == 0 and summary.get("status") == "finished"
-    job.status = "finished" if good else "interrupted" if stopped else "failed"
-
-
-def _stop(queue: Sequence[Job]) -> None:
-    """Pass the stop on and wait for the jobs to save."""
-    running = [job for job in queue if job.process is not None and job.process.poll() is None]
-    for job in running:
-        assert job.process is not None
-        os.killpg(job.process.pid, signal.SIGTERM)
-    for job in running:
-        assert job.process is not None
-        try:
-            job.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(job.process.pid, signal.SIGKILL)
-        _finish(job)
-    for job in queue:
-        if job.status == "waiting":
-            job.status = "not started"
-
-
-def _sweep_name(given: str | None, jobs: Sequence[Sequence[str]]) -> str:
+def _sweep_name(given: str | None, keys: Sequence[str]) -> str:
     """The run_name of the command line, or the time and the keys that vary."""
     if given is not None:
         return check_run_name(given)
-    keys = [jobs[0][i].split("=")[0].lstrip("+~") for i in sorted(_varied(jobs))]
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"{moment}-{slug('-'.join(keys) or 'sweep', max_length=40)}-{secrets.token_hex(2)}"
-
-
-def _varied(jobs: Sequence[Sequence[str]]) -> set[int]:
-    return {i for i in range(len(jobs[0])) if len({job[i] for job in jobs}) > 1}
-
-
-def _label(overrides: Sequence[str], varied: set[int]) -> str:
-    return " ".join(o for i, o in enumerate(overrides) if i in varied) or "run"
-
-
-def _row(job: Job) -> dict[str, Any]:
-    summary = read_json(job.run.summary) if job.run is not None else {}
-    return {
-        "job": job.number,
-        "overrides": " ".join(job.overrides),
-        "status": job.status,
-        "exit_code": job.exit_code,
-        "seconds": round(job.seconds, 1),
-        **{name: summary.get(name) for name in FIGURES},
-        "directory": str(job.folder) if job.run is not None else "",
-    }
-
-
-def _write_results(root: Path, queue: Sequence[Job]) -> None:
-    if all(job.status.startswith(("error", "waiting")) for job in queue):
-        return  # a command line that is wrong for every job leaves nothing behind
-    root.mkdir(parents=True, exist_ok=True)
-    rows = [_row(job) for job in queue]
-    temporary = root / f".results.{os.getpid()}.tmp"
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(root / "results.csv")
-
-
-def _table(queue: Sequence[Job]) -> Table:
-    table = Table(title="jobs", box=SIMPLE)
-    columns = ("job", "status", "val/loss", "best", "exact", "trained", "bits", "peak GB", "tok/s", "seconds")
-    for column in columns:
-        left = column in ("job", "status")
-        table.add_column(column, overflow="fold", justify="left" if left else "right", no_wrap=not left)
-
-    def number(value: Any, form: str) -> str:
-        return format(value, form) if isinstance(value, int | float) else ""
-
-    forms = (".4f", ".4f", ".3f", ",", ".2f", ".2f", ",.0f")
-    for job in queue:
-        row = _row(job)
-        figures = [number(row[name], form) for name, form in zip(FIGURES, forms, strict=True)]
-        table.add_row(job.label, job.status.split(":")[0], *figures, f"{job.seconds:.0f}")
-    return table

@@ -14,6 +14,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lmlab.records import UserError
+from lmlab.sweeps.jobs import GridPoints, key_of
 
 
 def expand(arguments: Sequence[str], config_loader: Any) -> list[list[str]]:
@@ -52,5 +53,15 @@ def sweep(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int:
     """
     from lmlab.sweeps.launcher import run_jobs
 
-    jobs = expand(arguments, config_loader)
-    return run_jobs(jobs, compose=lambda overrides: config_loader.load_sweep_config(master, overrides))
+    jobs = expand([*_params(arguments, master), *arguments], config_loader)
+    points = GridPoints(jobs)
+    return run_jobs(
+        points, compose=lambda overrides: config_loader.load_sweep_config(master, overrides), first=jobs[0]
+    )
+
+
+def _params(arguments: Sequence[str], master: Any) -> list[str]:
+    """What ``hydra.sweeper.params`` of an experiment file sweeps, unless the command line says otherwise."""
+    told = {key_of(argument) for argument in arguments}
+    params = master.hydra.sweeper.params or {}
+    return [f"{key}={value}" for key, value in params.items() if key not in told]

@@ -1,0 +1,247 @@
+"""Multiruns: what becomes of jobs that finish, fail, are refused, killed or stopped, and of a second start."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lmlab.journal import read_json
+from lmlab.sweeps.executors import WorkerTask
+
+from .conftest import ROOT, command
+
+TINY = (
+    "data=skills",
+    "data.num_records=60",
+    "trainer.memory_plan=false",
+    "metrics=none",
+    "samples.prompts=0",
+    "trainer.accelerator=cpu",
+)
+SHORT = ("trainer.max_steps=3", "trainer.val_every_n_steps=3")
+
+
+def rows_of(root: Path) -> list[dict[str, str]]:
+    with (root / "results.csv").open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def trained(folder: Path) -> bool:
+    file = folder / "metrics.jsonl"
+    return file.is_file() and "train/loss" in file.read_text(encoding="utf-8")
+
+
+def begun(*told: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "train.py", "-m", *told],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# --- whole sweeps -----------------------------------------------------------------------------------------------------
+
+STEPS: dict[str, Any] = {"trainer": {"max_steps": 3, "val_every_n_steps": 3}}
+KILLED: dict[str, Any] = {
+    "trainer": {"max_steps": 400, "val_every_n_steps": 400},
+    "checkpoint": {"every_n_steps": 1},
+}
+DEFAULTS = {
+    "fails": ["override /adapter: none", "override /optim: sgd"],
+    "refused": ["override /adapter: none", "override /quant: nf4"],
+}
+EIGHT: dict[str, dict[str, Any]] = {
+    "a": STEPS,
+    "b": {"trainer": {**STEPS["trainer"], "devices": 2}},
+    "c": {**STEPS, "adapter": {"rank": 2}},
+    "fails": {"trainer": {**STEPS["trainer"], "gradient_clip_val": None}, "optim": {"lr": 1e30}},
+    "killed": KILLED,
+    "refused": STEPS,
+    "g": {**STEPS, "seed": 2},
+    "h": {"trainer": {**STEPS["trainer"], "devices": 2}, "seed": 2},
+}
+"""Two jobs of two ranks, one that fails, one that will be killed, one that cannot train, and three others."""
+
+
+def write_experiment(folder: Path, name: str, values: dict[str, Any]) -> None:
+    defaults = "".join(f"  - {line}\n" for line in DEFAULTS.get(name, []))
+    head = "# @package _global_\n" + (f"defaults:\n{defaults}" if defaults else "")
+    (folder / f"{name}.yaml").write_text(head + yaml.safe_dump(values), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_eight_jobs_of_which_five_finish_and_a_second_start(tmp_path: Path) -> None:
+    experiments = tmp_path / "conf" / "experiment"
+    experiments.mkdir(parents=True)
+    for name, values in EIGHT.items():
+        write_experiment(experiments, name, values)
+    told = ["--config-dir", str(tmp_path / "conf"), f"experiment={','.join(EIGHT)}", *TINY]
+    told += [f"output_root={tmp_path / 'out'}", "run_name=eight", "launcher.jobs=2"]
+    root = tmp_path / "out" / "sweeps" / "eight"
+    process = begun(*told)
+    killed = root / "4-experiment=killed"
+    wait_for(lambda: list(killed.glob("checkpoints/step-*")), 240)
+    os.kill(read_json(killed / ".lock")["pid"], signal.SIGKILL)
+    out, err = process.communicate(timeout=400)
+    rows = rows_of(root)
+    assert [row["status"].split(":")[0] for row in rows] == [
+        "finished", "finished", "finished", "failed", "failed", "refused", "finished", "finished",
+    ], out + err  # fmt: skip
+    assert process.returncode == 1
+    assert "job 3" in err
+    assert "gradient norm" in err
+    assert "job 4" in err
+    assert [row["exit_code"] for row in rows] == ["0", "0", "0", "1", "-9", "2", "0", "0"]
+    started = [Path(row["directory"]) for row in rows if row["directory"]]
+    assert len(started) == 7
+    groups = set()
+    for folder in started:
+        (file,) = folder.glob("wandb/*offline-run-*/run-*.wandb")
+        shown = command("-m", "wandb", "leet", "inspect", "--json", str(file)).stdout.splitlines()
+        about = [json.loads(line)["run"] for line in shown if json.loads(line)["type"] == "run"]
+        groups.add((about[0]["run_group"], about[0]["run_id"]))
+    assert {group for group, _ in groups} == {"eight"}
+    assert len({run_id for _, run_id in groups}) == 7
+    before = {folder: (folder / "summary.json").stat().st_mtime_ns for folder in started}
+
+    # The killed job goes on where it was, and is short now; the failing one fails again; nothing else is touched.
+    short = {**KILLED, "trainer": {"max_steps": 12, "val_every_n_steps": 400}}
+    write_experiment(experiments, "killed", short)
+    again = command("train.py", "-m", *told, timeout=400)
+    assert again.returncode == 1, again.stdout
+    rows = rows_of(root)
+    expected = ["finished", "finished", "finished", "failed", "finished", "refused", "finished", "finished"]
+    assert [row["status"].split(":")[0] for row in rows] == expected, again.stdout + again.stderr
+    changed = [
+        folder.name for folder in started if (folder / "summary.json").stat().st_mtime_ns != before[folder]
+    ]
+    assert changed == ["3-experiment=fails", "4-experiment=killed"]
+    steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 12
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
+@pytest.mark.slow
+def test_a_signal_stops_all_jobs_and_the_same_command_goes_on(tmp_path: Path, number: int, code: int) -> None:
+    told = [*TINY, "logger=none", f"output_root={tmp_path}", "run_name=stopped", "optim.lr=1e-3,2e-3,3e-3"]
+    told += ["trainer.max_steps=60", "trainer.val_every_n_steps=60", "launcher.jobs=2"]
+    process = begun(*told)
+    root = tmp_path / "sweeps" / "stopped"
+    wait_for(lambda: sum(trained(folder) for folder in root.glob("*-*")) == 2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert [row["status"] for row in rows_of(root)] == ["interrupted", "interrupted", "not started"]
+    again = command("train.py", "-m", *told)
+    assert again.returncode == 0, again.stderr
+    assert [row["status"] for row in rows_of(root)] == ["finished"] * 3
+    for folder in root.glob("[0-9]-*"):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 61))
+    nothing = command("train.py", "-m", *told)
+    assert nothing.returncode == 0
+    other = command("train.py", "-m", *told[:-3], "optim.lr=1e-3,5e-3", *told[-2:])
+    assert other.returncode == 2
+    assert "another sweep" in other.stderr
+
+
+@pytest.mark.slow
+def test_jobs_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    told = [*TINY, "logger=none", f"output_root={tmp_path}", "run_name=orphans", "seed=1,2"]
+    process = begun(*told, "trainer.max_steps=100000", "trainer.val_every_n_steps=100000")
+    folder = tmp_path / "sweeps" / "orphans" / "0-seed=1"
+    wait_for(lambda: trained(folder))
+    process.kill()
+    process.communicate()
+    wait_for(lambda: read_json(folder / "summary.json").get("status") == "interrupted", 60)
+    assert list(folder.glob("checkpoints/step-*"))
+
+
+def test_jobs_print_into_their_own_directories(tmp_path: Path) -> None:
+    told = [*TINY, *SHORT, "logger=none", f"output_root={tmp_path}", "run_name=two", "seed=1,2"]
+    done = command("train.py", "-m", *told)
+    assert done.returncode == 0, done.stderr
+    root = tmp_path / "sweeps" / "two"
+    for row, seed in zip(rows_of(root), (1, 2), strict=True):
+        console = (Path(row["directory"]) / "console.log").read_text(encoding="utf-8")
+        assert f"sft, seed {seed}" in console
+        assert f"seed={seed}: finished after" in done.stdout
+        assert float(row["final/val/loss"]) > 0
+    assert "sft, seed" not in done.stdout
+    assert not (root / ".lock").exists()
+
+
+def test_a_foreign_directory_is_no_sweep(tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "mine").mkdir(parents=True)
+    (tmp_path / "sweeps" / "mine" / "thesis.tex").touch()
+    done = command("train.py", "-m", *TINY, f"output_root={tmp_path}", "run_name=mine", "seed=1,2")
+    assert (done.returncode, done.stderr.startswith("error: not a sweep's directory")) == (2, True)
+    assert [file.name for file in (tmp_path / "sweeps" / "mine").iterdir()] == ["thesis.tex"]
+
+
+# --- SLURM ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_jobs_through_submitit(tmp_path: Path) -> None:
+    """submitit's stand-in on this machine; SLURM itself cannot be had here."""
+    told = [*TINY, *SHORT, "logger=none", f"output_root={tmp_path}", "run_name=queued", "seed=1,2"]
+    done = command("train.py", "-m", *told, "launcher=slurm", "launcher.cluster=local", "launcher.jobs=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [row["status"] for row in rows_of(tmp_path / "sweeps" / "queued")] == ["finished", "finished"]
+
+
+def test_without_slurm_it_is_one_line(tmp_path: Path) -> None:
+    done = command("train.py", "-m", *TINY, f"output_root={tmp_path}", "seed=1,2", "launcher=slurm")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: SLURM cannot be reached")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_queue_that_ends_a_job_early_gets_it_again(train: Any, tmp_path: Path) -> None:
+    import threading
+
+    from submitit.helpers import DelayedSubmission
+
+    from lmlab.config.compose import freeze, load_frozen
+
+    run = train("queued-early", *TINY, *SHORT)
+    frozen = load_frozen(run.config)
+    longer = {"max_steps": 100000, "val_every_n_steps": 100000}
+    freeze(
+        run, frozen.model_copy(update={"trainer": frozen.trainer.model_copy(update=longer), "resume": "auto"})
+    )
+    task = WorkerTask(str(run.path))
+    thread = threading.Thread(target=task)
+    thread.start()
+    wait_for(lambda: run.metrics.read_text().count("train/loss") > 5)
+    assert isinstance(task.checkpoint(), DelayedSubmission)
+    thread.join()
+    assert read_json(run.summary)["status"] == "interrupted"
+    assert load_frozen(run.config).resume == "auto"

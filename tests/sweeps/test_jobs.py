@@ -1,0 +1,83 @@
+"""Jobs, their table, and what each is given of the machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmlab.config.schema import LocalLauncher
+from lmlab.journal import RunDir
+from lmlab.sweeps.executors import LocalProcesses
+from lmlab.sweeps.jobs import GridPoints, Job, label_of, read_results, write_results
+
+
+def test_gpus_are_shared_out_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real child processes that print what they were given; the names of the GPUs are made up."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,GPU-7")
+    places = LocalProcesses(at_once=4)
+    fake = tmp_path / "lmlab"
+    fake.mkdir()
+    (fake / "__init__.py").touch()
+    (fake / "worker.py").write_text(
+        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])\n", encoding="utf-8"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    class Devices:
+        accelerator = "auto"
+
+        def __init__(self, devices: int) -> None:
+            self.devices = devices
+
+    class Config:
+        def __init__(self, devices: int) -> None:
+            self.trainer = Devices(devices)
+
+    def start(number: int, devices: int) -> Any:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        job = Job(number, [], "", folder, run=RunDir(folder))
+        return places.start(job, Config(devices))  # type: ignore[arg-type]
+
+    def ended(handle: Any) -> None:
+        deadline = time.monotonic() + 60
+        while handle.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    handles = [start(0, 1), start(1, 2), start(2, 1), start(3, 2)]
+    for handle in handles:
+        ended(handle)
+    assert [(tmp_path / str(n) / "console.log").read_text().strip() for n in range(4)] == [
+        "3", "5,GPU-7", "3", "5,GPU-7",
+    ]  # fmt: skip
+    ended(start(4, 1))
+    assert (tmp_path / "4" / "console.log").read_text().strip() == "3"  # all free again
+
+
+def test_labels_and_names_are_of_what_varies() -> None:
+    points = GridPoints([["a=1", "b.c=2", "d=x"], ["a=1", "b.c=3", "d=x"]])
+    assert points.keys == ("b.c",)
+    assert [label_of(points.next(n) or [], points.keys) for n in (0, 1)] == ["b.c=2", "b.c=3"]
+    assert points.next(2) is None
+    assert label_of(["a=1"], GridPoints([["a=1"]]).keys) == "run"
+
+
+def test_results_come_back_as_they_were(tmp_path: Path) -> None:
+    jobs = [
+        Job(0, ["a=1", "b=x y"], "a=1", tmp_path / "0"),
+        Job(1, [], "run", tmp_path / "1", status='refused: no, "so"\nnot'),
+    ]
+    write_results(tmp_path / "results.csv", jobs)
+    rows = read_results(tmp_path / "results.csv")
+    assert [rows[n]["status"] for n in (0, 1)] == ["waiting", 'refused: no, "so"\nnot']
+    assert rows[0]["overrides"] == "a=1 b=x y"
+    assert read_results(tmp_path / "none.csv") == {}
+
+
+def test_the_launcher_s_options_are_checked() -> None:
+    with pytest.raises(ValueError):
+        LocalLauncher(kind="local", jobs=0)
