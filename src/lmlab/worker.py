@@ -88,7 +88,7 @@ def _begin_again(run: RunDir, config: RunConfig) -> None:
 
 
 def requeue(code: int) -> int:
-    """After SIGUSR1 put the SLURM job back into its queue; with ``resume=auto`` in its script it goes on from what was saved.
+    """After SIGUSR1 put the SLURM job back into its queue: with ``resume=auto`` in its script, or a multirun with a run_name, it goes on.
 
     The last thing of a start: the queue may kill what is left of the job. Not for the jobs of a multirun, which share one.
 
@@ -100,7 +100,9 @@ def requeue(code: int) -> int:
         return code
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
-        print(f"SLURM: job {job} is requeued; with resume=auto it goes on from here")
+        print(
+            f"SLURM: job {job} is requeued; with resume=auto (a multirun: under the same run_name) it goes on from here"
+        )
     except (OSError, subprocess.SubprocessError) as error:
         print(f"warning: SLURM: job {job} could not be requeued ({error})", file=sys.stderr)
     return code

@@ -50,10 +50,11 @@ def trained(folder: Path) -> bool:
     return file.is_file() and "train/loss" in file.read_text(encoding="utf-8")
 
 
-def begun(*told: str) -> subprocess.Popen[str]:
+def begun(*told: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "train.py", "-m", *told],
         cwd=ROOT,
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -149,12 +150,18 @@ def test_eight_jobs_of_which_five_finish_and_a_second_start(tmp_path: Path) -> N
 def test_a_signal_stops_all_jobs_and_the_same_command_goes_on(tmp_path: Path, number: int, code: int) -> None:
     told = [*TINY, "logger=none", f"output_root={tmp_path}", "run_name=stopped", "optim.lr=1e-3,2e-3,3e-3"]
     told += ["trainer.max_steps=60", "trainer.val_every_n_steps=60", "launcher.jobs=2"]
-    process = begun(*told)
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n')
+    scontrol.chmod(0o755)
+    process = begun(*told, SLURM_JOB_ID="77", PATH=f"{scontrol.parent}:{os.environ['PATH']}")
     root = tmp_path / "sweeps" / "stopped"
     wait_for(lambda: sum(trained(folder) for folder in root.glob("*-*")) == 2)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == code, err
+    requeued = (tmp_path / "called").read_text().split("\n") if (tmp_path / "called").exists() else []
+    assert requeued == (["requeue 77", ""] if number == signal.SIGUSR1 else [])
     assert [row["status"] for row in rows_of(root)] == ["interrupted", "interrupted", "not started"]
     again = command("train.py", "-m", *told)
     assert again.returncode == 0, again.stderr

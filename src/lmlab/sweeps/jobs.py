@@ -26,6 +26,7 @@ FIGURES = (
 )
 """What results.csv shows of a run's summary.json."""
 OUT_OF_MEMORY = "out of memory"
+DONE = ("finished", "pruned")
 NOT_STARTED = ("waiting", "not started")
 
 
@@ -57,7 +58,7 @@ class Job:
     @property
     def is_done(self) -> bool:
         """Whether another start of the sweep leaves it alone: it has an outcome that would come again, or was given up."""
-        return self.status in ("finished", "pruned")
+        return self.status in DONE
 
     @property
     def went_wrong(self) -> bool:

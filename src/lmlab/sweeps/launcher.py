@@ -29,6 +29,7 @@ from lmlab.start import create_run, plan_run
 from lmlab.sweeps.board import Board, outcome
 from lmlab.sweeps.executors import CONSOLE, Executor, Handle, LocalProcesses, Slurm
 from lmlab.sweeps.jobs import (
+    DONE,
     NOT_STARTED,
     OUT_OF_MEMORY,
     GridPoints,
@@ -108,9 +109,10 @@ class _Sweep:
             UserError: something else is there, or another start is at work in it.
         """
         results = self.root / "results.csv"
-        if self.root.exists() and not results.exists() and any(self.root.glob("[!.]*")):
+        begun = results.exists() or any(self.root.glob("[0-9]*-*/run.json"))
+        if not begun and self.root.exists() and any(self.root.glob("[!.]*")):
             raise UserError("not a sweep's directory", where=str(self.root), fix="choose another run_name")
-        if overwrite and results.exists():
+        if overwrite and begun:
             self._lock.take_lock()  # refuses while it is at work
             shutil.rmtree(self.root)
         self._earlier = read_results(results)
@@ -154,7 +156,9 @@ class _Sweep:
 
     def _say_what_begins(self) -> None:
         many = f"{len(self.points.jobs)} jobs" if isinstance(self.points, GridPoints) else "a search"
-        self.board.say(f"{many}, {self.at_once} at a time, in {os.path.relpath(self.root)}")
+        done = sum(row["status"] in DONE for row in self._earlier.values())
+        earlier = f", {done} of them done before" if done else ""
+        self.board.say(f"{many}{earlier}, {self.at_once} at a time, in {os.path.relpath(self.root)}")
 
     def _run_all(self) -> None:
         while self._more or self.handles:

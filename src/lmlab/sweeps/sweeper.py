@@ -52,11 +52,16 @@ def sweep(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int:
         master: the config of the command line without the swept values.
     """
     from lmlab.sweeps.launcher import run_jobs
+    from lmlab.worker import requeue
 
     jobs = expand([*_params(arguments, master), *arguments], config_loader)
     points = GridPoints(jobs)
-    return run_jobs(
-        points, compose=lambda overrides: config_loader.load_sweep_config(master, overrides), first=jobs[0]
+    return requeue(
+        run_jobs(
+            points,
+            compose=lambda overrides: config_loader.load_sweep_config(master, overrides),
+            first=jobs[0],
+        )
     )
 
 
