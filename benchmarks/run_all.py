@@ -17,7 +17,16 @@ from pathlib import Path
 
 from side_by_side import OFFLINE, RESULTS, ROOT, Machine, python, require_data
 
-SUITES = ("startup", "stored_bits", "finetune", "growth", "shakespeare", "generation", "memory_plan")
+SUITES = (
+    "startup",
+    "stored_bits",
+    "finetune",
+    "growth",
+    "shakespeare",
+    "generation",
+    "memory_plan",
+    "multirun",
+)
 WITHOUT_REPEATS = ("stored_bits", "memory_plan")  # they count bytes, or measure each configuration once
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "lightning", "datasets", "tokenizers")
 
