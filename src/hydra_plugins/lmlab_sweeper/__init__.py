@@ -31,5 +31,8 @@ class LmlabSweeper(Sweeper):
 
 
 ConfigStore.instance().store(
-    group="hydra/sweeper", name="lmlab", node={"_target_": f"{__name__}.LmlabSweeper"}, provider="lmlab"
+    group="hydra/sweeper",
+    name="lmlab",
+    node={"_target_": f"{__name__}.LmlabSweeper", "params": {}},
+    provider="lmlab",
 )
