@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import HOSTILE, Page, script, write_json, write_lines, write_run
+from pages import HOSTILE, Page, script, write_json, write_lines
 
 from lmlab.records import Sample, UserError
 from lmlab.tracking import claims, compare, curves, group_plots, groups, plots
@@ -325,7 +325,6 @@ def test_bits_are_held_against_their_format(tmp_path: Path, quant: str, bits: fl
 
 
 def test_the_page_is_whole(ablation: list[Entry], tmp_path: Path) -> None:
-    write_run(tmp_path / "real")
     refused = Entry("adapter=none quant=nf4 seed=1", None, "refused: a trainable base keeps its own dtype")
     page = Page(write_comparison(tmp_path, [*ablation, refused], title="a sweep").read_text(encoding="utf-8"))
     text = " ".join(page.words.split())

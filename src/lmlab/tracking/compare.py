@@ -10,7 +10,6 @@ import base64
 import difflib
 import hashlib
 import os
-import statistics
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from lmlab.records import UserError
 from lmlab.tracking import claims, curves, group_plots, groups, plots
 from lmlab.tracking.groups import MEASURES, Entry, Group, Measure, Result, Spread
 from lmlab.tracking.report import draw_all, templates, write_page
-from lmlab.tracking.values import aligned, as_written, scaled, shown
+from lmlab.tracking.values import aligned, as_written, scaled
 
 PAIRED = ("val/loss", "best", "bits_per_byte", "exact_match", "peak", "growth", "speed")
 SHOWN_OF_A_RUN = ("val/loss", "best", "exact_match", "peak", "wall")
@@ -237,14 +236,14 @@ def _all_figures(shown_groups: Sequence[Group], base: Group | None) -> list[tupl
             ]
             finite = [value for value in found if abs(value) < float("inf")]
             if finite:
-                means.setdefault(name, {})[group.place] = statistics.fmean(finite)
+                means.setdefault(name, {})[group.place] = groups.mean(finite)
     rows = []
     for name, values in means.items():
         of_base = None if base is None else values.get(base.place)
         cells = []
         for group in shown_groups:
             value = values.get(group.place)
-            text = "–" if value is None else shown(int(value) if value == int(value) else value)
+            text = "–" if value is None else plots.short(value)
             away = ""
             if value is not None and of_base and group is not base and value != of_base:
                 away = f"{(value - of_base) / abs(of_base):+.1%}"

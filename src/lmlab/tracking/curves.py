@@ -7,6 +7,7 @@ counts loading, validation and samples, and begins again when a run is resumed.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class Curve:
 
     @classmethod
     def of(cls, points: Mapping[float, float]) -> Curve:
-        """The line through ``x -> y``, in any order."""
-        places = sorted(points)
+        """The line through ``x -> y``, in any order; what overflowed is left out."""
+        places = sorted(x for x, y in points.items() if math.isfinite(x) and math.isfinite(y))
         return cls(tuple(places), tuple(points[x] for x in places))
 
     def at(self, x: float) -> float | None:

@@ -76,6 +76,14 @@ class Result:
         return self.files.notices + ([f"Not there: {', '.join(gone)}."] if gone else [])
 
 
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean of at least one value, also of values whose sum is too large for a float."""
+    try:
+        return statistics.fmean(values)
+    except OverflowError:
+        return sum(value / len(values) for value in values)
+
+
 @dataclass(frozen=True)
 class Spread:
     """Values of one figure over a group's runs, at least one."""
@@ -85,7 +93,7 @@ class Spread:
     @property
     def mean(self) -> float:
         """Their arithmetic mean."""
-        return statistics.fmean(self.values)
+        return mean(self.values)
 
     @property
     def low(self) -> float:
@@ -147,7 +155,7 @@ class Group:
         for result in self.finished:
             if figure in result.figures and result.seed is not None:
                 found.setdefault(result.seed, []).append(result.figures[figure])
-        return {seed: statistics.fmean(values) for seed, values in sorted(found.items())}
+        return {seed: mean(values) for seed, values in sorted(found.items())}
 
 
 @dataclass(frozen=True)
@@ -219,8 +227,8 @@ MEASURES = (
     Measure("best", "best val/loss", _best, aligned, "lower"),
     Measure("bits_per_byte", "bits per byte", _last("val/bits_per_byte"), aligned, "lower"),
     Measure("exact_match", "exact match", _last("val/exact_match"), _percent, "higher"),
-    Measure("trained", "trained parameters", _summary("model/params_trainable"), _rounded, "lower"),
-    Measure("bits", "bits per base parameter", _summary("model/base_bits_per_param"), aligned, "lower"),
+    Measure("trained", "trained parameters", _summary("model/params_trainable"), _rounded),
+    Measure("bits", "bits per base parameter", _summary("model/base_bits_per_param"), aligned),
     Measure("peak", "peak memory, GB", _peak, aligned, "lower"),
     Measure("growth", "memory growth, GB", _growth, aligned, "lower"),
     Measure("speed", "tokens/s", _speed, _rounded, "higher"),
