@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 class LmlabSweeper(Sweeper):
     """``-m``: expands the sweep and gives each job processes of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, params: Any = None) -> None:
+        self.params = params  # key -> sweep, of a file under conf/
         self.config: DictConfig | None = None
         self.hydra_context: HydraContext | None = None
 

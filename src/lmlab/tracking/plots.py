@@ -297,7 +297,7 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
 
 
 def _draw_bars(axes: Axes, panel: Panel) -> None:
-    names = [bar.label for bar in panel.bars]
+    names = [bar.label if len(bar.label) <= 20 else f"{bar.label[:19]}…" for bar in panel.bars]
     places = range(len(names))
     axes.barh(places, [bar.value for bar in panel.bars], height=0.62, color=LINES[0], label="measured")
     planned = [
