@@ -58,7 +58,8 @@ class Session:
             self.tracker.log(step, values)
         if "perf/tokens_per_second" in values:
             self._speeds.append(values["perf/tokens_per_second"])
-        peaks = [v for k, v in values.items() if k.startswith("memory/") and k.endswith("_gb")]
+        # Measured in a phase: neither what was planned nor, on a GPU, the resident set of the process.
+        peaks = [v for k, v in values.items() if k.startswith("memory/") and k.endswith("/peak_gb")]
         self._peak_gb = max([self._peak_gb, *peaks])
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
@@ -169,7 +170,7 @@ class Session:
         )
         keep = {"checkpoints": checkpoints, "stop": stop, "resume_from": resume_from}
         result = fitting.fit(trainer, module, datamodule, **keep, test="test" in prepared.meta["report"])
-        self.figures.update({"steps": result.steps, **meter.errors()})
+        self.figures.update({"steps": result.steps, **meter.errors(), **meter.base()})
         self.figures.update({"best/val_loss": result.best_loss, "best/step": result.best_step})
         self.figures.update({"skipped_steps": module.skipped_steps} if module.skipped_steps else {})
         return 0 if result.signal is None else 128 + result.signal

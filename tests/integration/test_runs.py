@@ -427,3 +427,6 @@ def test_planned_memory_stands_beside_the_measured(train: Callable[..., RunDir])
         assert all(f"memory/{phase}/peak_gb" in r for r in beside)
     summary = read_json(run.summary)
     assert abs(summary["memory/backward/plan_error"]) < 1.0, "not even of the right size"
+    measured = [value for row in rows for name, value in row.items() if name.endswith("/peak_gb")]
+    assert summary["memory/peak_gb"] == max(measured), "a plan is no peak"
+    assert 0.0 < summary["memory/base_gb"] < summary["memory/peak_gb"]

@@ -74,6 +74,10 @@ class MemoryMeter:
             if growth > 0
         }
 
+    def base(self) -> dict[str, float]:
+        """``memory/base_gb``, which growth is counted from; empty while it is not known."""
+        return {"memory/base_gb": self.base_gb} if self.on_cuda or self.base_gb else {}
+
     def start(self, phase: str | None) -> None:
         """End the current phase and begin ``phase`` (None: nothing is measured)."""
         if self._phase is not None:

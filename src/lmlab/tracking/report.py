@@ -12,7 +12,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lmlab.records import STOPPED_CODES, UserError
 from lmlab.tracking import plots
 from lmlab.tracking.data_view import DataView, Lengths, Shown
 from lmlab.tracking.plots import short
-from lmlab.tracking.values import as_written, counted, flatten, shown, visible
+from lmlab.tracking.values import aligned, as_written, counted, duration, flatten, shown, visible
 
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "summary.json", "data_report.json", "config.yaml", "run.json")
 EARLIER_STEPS = 24
@@ -67,14 +67,26 @@ def write_report(run_dir: Path) -> Path:
         UserError: ``run_dir`` is no run directory, or cannot be written to.
     """
     run_dir = Path(run_dir)
-    if not any((run_dir / name).is_file() for name in RUN_FILES):
+    if not is_run(run_dir):
         what = "no run directory" if run_dir.is_dir() else "no such directory"
         raise UserError(
             what, where=str(run_dir), fix="give a directory that train.py made, e.g. outputs/sft/NAME"
         )
-    target = run_dir / "report.html"
-    unfinished = run_dir / f".report.html.{os.getpid()}.tmp"
-    page = render(read_run(run_dir))
+    return write_page(run_dir / "report.html", render(read_run(run_dir)))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory has any of a run's files."""
+    return any((path / name).is_file() for name in RUN_FILES)
+
+
+def write_page(target: Path, page: str) -> Path:
+    """Write a page in one piece, so that nobody opens half of one.
+
+    Raises:
+        UserError: the directory cannot be written to.
+    """
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         # Half a surrogate pair, which JSON can carry and UTF-8 cannot, comes out as \udXXX.
         with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -170,14 +182,6 @@ def _read_lines(run: RunFiles, name: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return (
-        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-    )
-
-
 def status(run: RunFiles) -> dict[str, str]:
     """How the run ended: a word, ``good``/``bad``/``open`` for its looks, and what is known about why."""
     code, word = run.summary.get("exit_code"), str(run.summary.get("status") or "")
@@ -255,7 +259,7 @@ def _cost_figures(run: RunFiles, flat: Mapping[str, Any]) -> list[Tile]:
     if times := [time for time in times if time is not None and math.isfinite(time)]:
         tokens = plots.series(run.metrics, "train/tokens")
         note = f"{short(max(tokens.values()))} tokens trained on" if tokens else ""
-        tiles.append(Tile("Time to the last log point", _duration(max(times)), note))
+        tiles.append(Tile("Time to the last log point", duration(max(times)), note))
     return tiles
 
 
@@ -279,11 +283,6 @@ def sample_groups(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return groups
 
 
-def _aligned(value: float) -> str:
-    """A measured value for a column: always four digits, so that the eye can compare them."""
-    return f"{value:#.4g}" if abs(value) < 1000 else short(value)
-
-
 def validations(run: RunFiles) -> dict[str, Any]:
     """The validation metrics as a table: the numbers behind the curve, for reading and copying."""
     names = [name for row in run.metrics for name in row if name.startswith("val/")]
@@ -292,7 +291,7 @@ def validations(run: RunFiles) -> dict[str, Any]:
     best = plots.best_validation(run.metrics)
     steps = sorted({step for points in columns.values() for step in points})
     rows = [
-        (step, [_aligned(points[step]) if step in points else "–" for points in columns.values()])
+        (step, [aligned(points[step]) if step in points else "–" for points in columns.values()])
         for step in steps
     ]
     return {"columns": list(columns), "rows": rows, "best": best[0] if best else None}
@@ -305,12 +304,14 @@ def length_panel(lengths: Lengths) -> plots.Panel:
     )
 
 
-def _draw_all(panels: Iterable[plots.Panel]) -> tuple[list[tuple[plots.Panel, Markup]], list[str]]:
+def draw_all(
+    panels: Iterable[Any], draw: Callable[[Any], str] | None = None
+) -> tuple[list[tuple[Any, Markup]], list[str]]:
     """The plots as markup, and a sentence for each that could not be drawn."""
     drawn, failures = [], []
     for panel in panels:
         try:
-            drawn.append((panel, Markup(plots.draw(panel))))
+            drawn.append((panel, Markup((draw or plots.draw)(panel))))
         # Values such as 1e308 overflow inside matplotlib; the page must come out anyway.
         except Exception as error:
             failures.append(f"The plot '{panel.title}' could not be drawn: {type(error).__name__}: {error}.")
@@ -336,8 +337,8 @@ def render(run: RunFiles) -> str:
     """The page as one string."""
     argv = run.run.get("argv")
     data = DataView.of(run.data, run.examples)
-    drawn, undrawn = _draw_all(plots.panels(run.metrics, flatten(run.summary)))
-    lengths, no_lengths = _draw_all([length_panel(data.lengths)] if data.lengths else [])
+    drawn, undrawn = draw_all(plots.panels(run.metrics, flatten(run.summary)))
+    lengths, no_lengths = draw_all([length_panel(data.lengths)] if data.lengths else [])
     return (
         templates()
         .get_template("report.html.jinja")

@@ -1,0 +1,162 @@
+"""Run directories as real runs leave them, made in a moment, and a page as a browser's parser sees it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lmlab.records import Sample
+
+HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)> & "quoted"'
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
+
+
+def metric_rows(steps: int = 200, val_every: int = 50) -> list[dict[str, Any]]:
+    """Log points as a CPU fine-tuning run leaves them: train lines, and validation lines at step 0, 50, ..."""
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "time": 1.5, "memory/load/peak_gb": 0.61, "memory/load/planned_gb": 0.58}
+    ]
+    for step in range(steps + 1):
+        clock = 2.0 + step * 0.45
+        wobble = 0.12 * math.sin(step * 12.9898) + 0.08 * math.sin(step * 78.233)
+        loss = 1.1 + 2.3 * math.exp(-step / 45)
+        if step:
+            row = {"step": step, "time": clock, "train/loss": loss + wobble, "train/tokens": step * 4096}
+            row["train/lr"] = 2e-4 * (
+                step / 20 if step < 20 else 0.5 * (1 + math.cos(math.pi * (step - 20) / 180))
+            )
+            row |= {
+                "train/grad_norm": 0.4 + 2 * math.exp(-step / 30) + abs(wobble),
+                "memory/rss_gb": 0.9 + step / 2000,
+            }
+            row |= {"perf/tokens_per_second": 9100.0 + 400 * wobble - (4000 if step == 1 else 0)}
+            phases = {"forward": (0.93, 0.9), "backward": (1.21, 1.25), "optimizer": (1.02, 0.98)}
+            row |= {f"memory/{p}/peak_gb": peak for p, (peak, _) in phases.items()}
+            row |= {f"memory/{p}/planned_gb": planned for p, (_, planned) in phases.items()}
+            rows.append(row)
+        if step % val_every == 0:
+            val = loss + 0.08 + 0.0012 * max(0, step - 120)
+            row = {"step": step, "time": clock + 0.2, "val/loss": val, "val/perplexity": math.exp(val)}
+            row |= {
+                "val/bits_per_byte": val * 0.36,
+                "val/exact_match": step / 250,
+                "memory/eval/peak_gb": 0.88,
+            }
+            rows.append(row | {"memory/generate/peak_gb": 0.79})
+    return rows
+
+
+def sample_rows() -> list[dict[str, Any]]:
+    prompts = [
+        "### Instruction:\nWhat does str.strip do?\n\n### Response:\n",
+        "### Instruction:\nSort 3, 1, 2\n\n### Response:\n",
+    ]
+    rows = []
+    for step in (0, 50, 100, 150, 200):
+        for number, prompt in enumerate(prompts):
+            for sampler in ("greedy", "top_p_temperature"):
+                text = f"Return a copy of the string\n    with {step} words removed.\n\n    >>> ' x '.strip()\n    'x'"
+                if step == 0:
+                    text = ("" if sampler == "greedy" else " \n\n") if number else HOSTILE
+                stop = "eos" if step else "length"
+                rows.append(
+                    Sample(step, number, prompt, sampler, 7 + number, text, 24 + step // 10, stop).row()
+                )
+    return rows
+
+
+def write_json(path: Path, value: Any) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_run(run_dir: Path, *, failed: bool = False) -> Path:
+    """A complete run directory; ``failed`` gives one that died of memory at step 83."""
+    run_dir.mkdir(parents=True)
+    end = 83 if failed else 200
+    write_lines(run_dir / "metrics.jsonl", [row for row in metric_rows() if row["step"] <= end])
+    write_lines(run_dir / "samples.jsonl", [row for row in sample_rows() if row["step"] <= end])
+    summary: dict[str, Any] = {"status": "finished", "exit_code": 0, "final": {"val/loss": 1.304}}
+    if failed:
+        summary = {"status": "failed", "exit_code": 1, "error": "CUDA out of memory in <backward>: 2.1 GB more asked for",
+                   "traceback": "Traceback (most recent call last):\n  File \"train.py\", line 3\nOutOfMemoryError"}  # fmt: skip
+    summary |= {
+        "model/params_total": 4_812_288,
+        "model/params_trainable": 98_304,
+        "model/base_bytes": 2_707_456,
+    }
+    write_json(run_dir / "summary.json", summary | {"model/base_bits_per_param": 4.127})
+    data = {
+        "records_read": 5210,
+        "records_kept": 5121,
+        "records_dropped": {"no trained token left": 61, "empty response": 28},
+    }
+    write_json(
+        run_dir / "data_report.json",
+        data | {"records_truncated": 214, "tokens": 812_345, "supervised_tokens": 301_222},
+    )
+    run = {
+        "argv": ["train.py", "adapter=qlora", "quant=nf4"],
+        "git": {"commit": "5068a8c", "dirty": False},
+        "seed": 1,
+    }
+    versions = {"python": "3.11.9", "torch": "2.10.0", "peft": "0.19.1"}
+    write_json(run_dir / "run.json", run | {"versions": versions, "hardware": {"cpu": "2 cores", "gpus": []}})
+    with open(run_dir / "config.yaml", "w", encoding="utf-8") as file:
+        file.write(
+            "task: sft\nseed: 1\nadapter:\n  kind: qlora\n  rank: 8\noptim:\n  name: paged_adamw8bit\n  lr: 0.0002\n"
+        )
+    with open(run_dir / "mask_preview.txt", "w", encoding="utf-8") as file:
+        file.write(
+            "record 0 (42 tokens, 17 trained)\n  ### Instruction: What does str.strip do?\n> Return a copy of <s>.\n"
+        )
+    return run_dir
+
+
+class Page(HTMLParser):
+    """Checks nesting while it reads, and keeps text, tags and ids."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.words += data
+
+
+def script() -> ModuleType:
+    """scripts/report.py as a module."""
+    path = Path(__file__).parents[2] / "scripts" / "report.py"
+    spec = importlib.util.spec_from_file_location("report_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
