@@ -7,13 +7,24 @@ and frozen, and then is nothing but a run directory for `lmlab.worker`.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import itertools
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from lmlab.records import UserError
+from lmlab.config.compose import to_run_config
+from lmlab.journal import check_run_name, slug
+from lmlab.records import RefusedError, UserError
+from lmlab.sweeps.search import STUDY, OptunaPoints, import_optuna
+from lmlab.sweeps.space import Space, parse_space
+
+GROUP = "hparams_search"
 
 
 def expand(arguments: Sequence[str], config_loader: Any) -> list[list[str]]:
@@ -30,7 +41,9 @@ def expand(arguments: Sequence[str], config_loader: Any) -> list[list[str]]:
         key = override.get_key_element()
         if override.is_interval_sweep():
             raise UserError(
-                f"{override.input_line} has no list of values", where=key, fix="use choice(...) or range(...)"
+                f"{override.input_line} has no list of values",
+                where=key,
+                fix="use choice(...) or range(...), or hparams_search=optuna, which draws from it",
             )
         if override.is_sweep_override():
             axes.append(
@@ -44,7 +57,7 @@ def expand(arguments: Sequence[str], config_loader: Any) -> list[list[str]]:
 
 
 def sweep(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int:
-    """Expand ``arguments`` and run every job; the exit code.
+    """Run the jobs of a multirun: every combination of ``arguments``, or what a search asks for; the exit code.
 
     Args:
         config_loader: Hydra's, which composes each job.
@@ -52,5 +65,100 @@ def sweep(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int:
     """
     from lmlab.sweeps.launcher import run_jobs
 
-    jobs = expand(arguments, config_loader)
-    return run_jobs(jobs, compose=lambda overrides: config_loader.load_sweep_config(master, overrides))
+    def compose(overrides: Sequence[str]) -> Any:
+        return config_loader.load_sweep_config(master, list(overrides))
+
+    if OmegaConf.select(master, "hparams_search.kind", default="none") == "none":
+        return run_jobs(expand(arguments, config_loader), compose=compose)
+    return _search(arguments, compose=compose, config_loader=config_loader)
+
+
+def _search(arguments: Sequence[str], *, compose: Callable[[Sequence[str]], Any], config_loader: Any) -> int:
+    """A search by Optuna. Its own settings are not among the jobs' overrides: each of them is a run to type as it is."""
+    from rich.console import Console
+
+    from lmlab.config.search import OptunaSearch
+    from lmlab.sweeps.best import show_best
+    from lmlab.sweeps.feasible import refuse_too_large
+    from lmlab.sweeps.launcher import run_jobs
+
+    import_optuna()
+    own = [text for text in arguments if text.lstrip("+~").startswith(GROUP)]
+    space = parse_space([text for text in arguments if text not in own], config_loader)
+    first = _first(compose, [*own, *space.first()])
+    search = OptunaSearch.model_validate(OmegaConf.to_container(first.hparams_search, resolve=True))
+    if not space.axes:
+        raise UserError(
+            "a search without anything to search",
+            where="hparams_search",
+            fix="add ranges, as optim.lr='tag(log, interval(1e-4, 1e-2))' adapter.rank='choice(4, 8, 16)'",
+        )
+    if compose(space.first()).hparams_search.kind != "none":  # an experiment file asks for the search
+        space = Space((*space.parts, f"{GROUP}=none"))
+    root = _sweep_folder(first, space)
+    points = OptunaPoints(
+        search,
+        space,
+        root,
+        overwrite=first.overwrite,
+        steps=(first.trainer.val_every_n_steps, first.trainer.max_steps),
+    )
+
+    def compose_point(overrides: Sequence[str]) -> Any:
+        composed = compose(overrides)
+        if points.asked(overrides):
+            refuse_too_large(to_run_config(composed), search.memory_limit_gb)
+        return composed
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    try:
+        code = run_jobs(points, compose=compose_point, root=root)  # type: ignore[call-arg,arg-type]
+        show_best(points, console)
+    finally:
+        points.close()
+    return code
+
+
+def _first(compose: Callable[[Sequence[str]], Any], overrides: Sequence[str]) -> Any:
+    """The config of a point before there is any.
+
+    Raises:
+        UserError: what is wrong with it, but for a combination that cannot train: that is a row of the sweep.
+    """
+    own = [text for text in overrides if text.lstrip("+~").startswith(GROUP)]
+    for override in OverridesParser.create().parse_overrides(own):
+        if override.is_sweep_override():
+            raise UserError(
+                f"{override.input_line} is many searches",
+                where=override.get_key_element(),
+                fix="write one value",
+            )
+    composed = compose(overrides)
+    with contextlib.suppress(RefusedError):
+        to_run_config(composed)
+    return composed
+
+
+def _sweep_folder(first: Any, space: Space) -> Path:
+    """Where the search lies: ``run_name``'s, which the same command finds again, or a new one.
+
+    Raises:
+        UserError: a sweep that is no search has that name.
+    """
+    if first.run_name is None:
+        moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        keys = slug("-".join(axis.name for axis in space.axes), max_length=40)
+        name = f"{moment}-{keys}-{secrets.token_hex(2)}"
+    else:
+        name = check_run_name(first.run_name)
+    root = Path(first.output_root) / "sweeps" / name
+    of_another_kind = first.hparams_search.storage is None and not (root / STUDY).exists()
+    if (root / "results.csv").exists() and of_another_kind and not first.overwrite:
+        raise UserError(
+            "this sweep directory already exists",
+            where=str(root),
+            fix="choose another run_name, or overwrite=true",
+        )
+    return root
