@@ -29,9 +29,17 @@ def search(**changes: Any) -> OptunaSearch:
     return OptunaSearch.model_validate({**SETTINGS, **changes})
 
 
-def points(root: Path, *space: str, overwrite: bool = False, **changes: Any) -> OptunaPoints:
+def points(
+    root: Path,
+    *space: str,
+    overwrite: bool = False,
+    steps: tuple[int, int | None] = (1, None),
+    **changes: Any,
+) -> OptunaPoints:
     """A search of ``space`` in ``root``."""
-    return OptunaPoints(search(**changes), parse_space(space or SPACE), root, overwrite=overwrite)
+    return OptunaPoints(
+        search(**changes), parse_space(space or SPACE), root, overwrite=overwrite, steps=steps
+    )
 
 
 def values(overrides: list[str]) -> dict[str, Any]:

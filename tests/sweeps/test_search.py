@@ -60,11 +60,12 @@ def test_the_same_seed_gives_the_same_trials_in_one_start_or_in_two(tmp_path: Pa
     assert play(points(tmp_path / "parts", n_trials=12, **settings), first=12) == 0, "there are enough"
 
 
+@pytest.mark.slow
 def test_tpe_finds_more_than_chance(tmp_path: Path) -> None:
     tpe, random = (points(tmp_path / name, n_trials=40, sampler=name) for name in ("tpe", "random"))
     play(tpe)
     play(random)
-    late = [[t.value for t in chosen.study.trials[20:]] for chosen in (tpe, random)]
+    late = [[t.values[0] for t in chosen.study.trials[20:]] for chosen in (tpe, random)]
     assert sorted(late[0])[10] < 0.5 * sorted(late[1])[10], "the median of what it drew after learning"
 
 
@@ -133,7 +134,9 @@ def test_a_larger_value_can_be_better(tmp_path: Path) -> None:
     play(chosen, lambda params: {"final/val/exact_match": params["adapter.rank"] / 16})
     (best,) = best_trials(chosen)
     assert (
-        best.value == max(trial.value for trial in chosen.study.trials) == study_of(tmp_path / "s").best_value
+        best.value
+        == max(trial.values[0] for trial in chosen.study.trials)
+        == study_of(tmp_path / "s").best_value
     )
 
 
@@ -216,11 +219,11 @@ def test_a_trial_is_hopeless_as_soon_as_its_losses_say_so(tmp_path: Path) -> Non
 @pytest.mark.parametrize("pruner", ["hyperband", "successive_halving"])
 def test_halving_prunes_the_worse(tmp_path: Path, pruner: str) -> None:
     space = ("optim.lr=interval(0, 1)",)
-    chosen = points(tmp_path / "s", *space, n_trials=30, pruner=pruner)
+    chosen = points(tmp_path / "s", *space, n_trials=18, pruner=pruner, steps=(1, 9))
     number, pruned, kept = 0, list[float](), list[float]()
     while (job := begin(chosen, number)) is not None:
         loss = values(job.overrides)["optim.lr"]
-        for step in range(1, 21):
+        for step in range(1, 10):
             log(job, **{f"s{step}": loss})
             if chosen.hopeless(job):
                 end(chosen, job, {}, status="pruned")
@@ -230,7 +233,7 @@ def test_halving_prunes_the_worse(tmp_path: Path, pruner: str) -> None:
             end(chosen, job, {"best/val_loss": loss})
             kept.append(loss)
         number += 1
-    assert len(pruned) >= 5
+    assert len(pruned) >= 3
     assert sum(pruned) / len(pruned) > sum(kept) / len(kept)
     assert min(kept) < min(pruned)
 
@@ -260,7 +263,7 @@ play(points(root, n_trials=20), at_once=at_once, die_at=die_at)
 """
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("at_once", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_9_it_goes_on_to_20_exactly(tmp_path: Path, at_once: int) -> None:
     root = tmp_path / "killed"
     child = subprocess.run(
@@ -283,23 +286,22 @@ def test_killed_at_9_it_goes_on_to_20_exactly(tmp_path: Path, at_once: int) -> N
     assert play(chosen, first=10, at_once=at_once) == 9 + at_once
     study = study_of(root)
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 20
-    whole = points(tmp_path / "whole", n_trials=20)
-    play(whole, at_once=at_once)
     assert study.best_value == min(trial.value for trial in study.trials)
     if at_once == 1:
+        whole = points(tmp_path / "whole", n_trials=20)
+        play(whole)
         assert drawn(whole) == [trial.params for trial in study.trials], "as if nothing had happened"
         assert study.best_value == whole.study.best_value
 
 
 def test_a_trial_killed_while_it_was_drawn_gets_the_rest(tmp_path: Path) -> None:
     chosen = points(tmp_path / "s", n_trials=3)
-    play(points(tmp_path / "whole", n_trials=3))
-    expected = study_of(tmp_path / "whole").trials[0].params
-    chosen.study.sampler = chosen._sampler(0)
-    half = chosen.study.ask()
-    chosen.space.axes[0].suggest(half)
+    lr = chosen.space.axes[0].suggest(chosen.study.ask())
     assert play(points(tmp_path / "s", n_trials=3)) == 3
-    assert study_of(tmp_path / "s").trials[0].params == expected
+    trials = study_of(tmp_path / "s").trials
+    assert len(trials) == 3
+    assert trials[0].params["optim.lr"] == lr
+    assert trials[0].params["adapter.rank"] in (4, 8, 16)
 
 
 def test_a_grid_killed_between_its_two_steps_misses_no_point(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ out), ``choice(...)``, ``glob(...)`` and plain lists are categories. ``tag(log, 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -56,7 +57,7 @@ class Axis:
         each: Any = self.distribution
         if self.texts:
             return trial.suggest_categorical(self.name, each.choices)
-        draw = trial.suggest_float if isinstance(each.low, float) else trial.suggest_int
+        draw: Any = trial.suggest_float if isinstance(each.low, float) else trial.suggest_int
         return draw(self.name, each.low, each.high, step=each.step, log=each.log)
 
     def first(self) -> Any:
@@ -189,8 +190,10 @@ def _range(value: RangeSweep, override: Override) -> BaseDistribution:
 
     assert value.start is not None
     log = "log" in value.tags
-    count = sum(1 for _ in value.range())
-    if count == 0:
+    # Of the numbers as they are written: Hydra adds up their binary values and may get to the end itself.
+    start, stop, width = (Decimal(str(number)) for number in (value.start, value.stop, value.step))
+    count = math.ceil((stop - start) / width) if width else 0
+    if count <= 0:
         raise UserError(
             f"{override.input_line} has no values", where=_key(override), fix="its end is left out"
         )
