@@ -139,6 +139,7 @@ optimizers = Registry("optim", discriminator="name")
 losses = Registry("loss")
 callbacks = Registry("callbacks")
 metrics = Registry("metrics")
+hparams_searches = Registry("hparams_search")
 
 BY_GROUP = {
     each.group: each
@@ -153,6 +154,7 @@ BY_GROUP = {
         losses,
         callbacks,
         metrics,
+        hparams_searches,
     )
 } | {"samplers": samplers}
 """Registry by the key in the run's config; ``samplers`` are named ones of the same classes as ``sampler``."""

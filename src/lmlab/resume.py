@@ -29,6 +29,7 @@ SAFE = [
     "metrics",
     "callbacks",
     "launcher",
+    "hparams_search",
     "checkpoint",
     "trainer.max_steps",
     "trainer.max_epochs",

@@ -40,7 +40,16 @@ from lmlab.resume import branched_from, check_unchanged, goes_on
 
 TRAINED = ("bpe", "chars")
 """Kinds of tokenizers that are made from the run's own training text."""
-UNNAMED = ("run_name", "output_root", "overwrite", "resume", "hydra.", "logger.", "launcher.")
+UNNAMED = (
+    "run_name",
+    "output_root",
+    "overwrite",
+    "resume",
+    "hydra.",
+    "logger.",
+    "launcher.",
+    "hparams_search",
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,12 @@ class Plan:
 def start(composed: Any, overrides: list[str]) -> int:
     """One run from a composed config."""
     config = to_run_config(composed)
+    if config.hparams_search.kind != "none":
+        raise UserError(
+            f"hparams_search={config.hparams_search.kind} is a search over many runs",
+            where="hparams_search",
+            fix="add -m and what to search, as optim.lr='interval(1e-4, 1e-2)'; or hparams_search=none for one run",
+        )
     plan = plan_run(config, overrides)
     create_run(plan, overrides)
     from lmlab.worker import launch, requeue

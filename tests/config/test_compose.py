@@ -191,6 +191,7 @@ def test_equal_configs_are_equal_and_different_ones_are_not(run_config: Compose)
         ("output_root=other", True),
         ("logger.mode=disabled", True),
         ("launcher.jobs=3", True),
+        ("hparams_search=optuna", True),
         ("seed=2", False),
         ("optim.lr=0.5", False),
         ("adapter.rank=3", False),

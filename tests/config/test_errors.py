@@ -20,6 +20,8 @@ from .conftest import CommandLine, Compose
 ROOT = CONF.parent
 LINE = re.compile(r"error: (?P<what>.+?) \((?P<where>[^()]+)\): (?P<fix>.+)\n")
 
+TWO = "[{metric:val/loss,direction:minimize},{metric:memory/peak_gb,direction:minimize}]"
+
 # command line -> (the key it names, what else the line must say)
 BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     # mistyped keys
@@ -127,7 +129,50 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     # in a multirun, before any job
     ("-m", "adapter=qlra,lora"): ("adapter", ["did you mean 'qlora'?"]),
     ("-m", "optim.lrr=1,2"): ("optim.lrr", ["did you mean 'optim.lr'?"]),
-    ("-m", "optim.lr=interval(0,1)"): ("optim.lr", ["choice", "range"]),
+    ("-m", "optim.lr=interval(0,1)"): ("optim.lr", ["choice", "range", "hparams_search=optuna"]),
+    # a search
+    ("optim.lr=interval(0,1)",): ("optim.lr", ["'optim.lr=interval(0,1)' is many values", "add -m"]),
+    ("hparams_search=optna",): ("hparams_search", ["did you mean 'optuna'?", "none, optuna"]),
+    ("hparams_search.n_trials=3",): ("hparams_search.n_trials", ["hparams_search=optuna has it"]),
+    ("hparams_search=optuna", "hparams_search.sampler=tpee"): (
+        "hparams_search.sampler",
+        ["did you mean 'tpe'? one of tpe, random, grid, nsga2"],
+    ),
+    ("hparams_search=optuna", "hparams_search.pruner=medain"): (
+        "hparams_search.pruner",
+        ["did you mean 'median'? one of none, median, hyperband, successive_halving"],
+    ),
+    ("hparams_search=optuna", "hparams_search.n_trial=3"): (
+        "hparams_search.n_trial",
+        ["did you mean 'hparams_search.n_trials'?"],
+    ),
+    ("hparams_search=optuna", f"hparams_search.objectives={TWO}", "hparams_search.pruner=median"): (
+        "hparams_search.pruner",
+        ["2 objectives", "pruner=none"],
+    ),
+    ("hparams_search=optuna", "hparams_search.objectives=[{metric:val/loss,direction:less}]"): (
+        "hparams_search.objectives.0.direction",
+        ["'less'", "minimize, maximize"],
+    ),
+    ("hparams_search=optuna", "hparams_search.objectives=[]"): ("hparams_search.objectives", ["at least 1"]),
+    ("-m", "hparams_search=optuna"): ("hparams_search", ["anything to search", "interval(1e-4, 1e-2)"]),
+    ("-m", "hparams_search=optuna", "optim.lrr=interval(1e-4,1)"): ("optim.lrr", ["mean 'optim.lr'?"]),
+    ("-m", "hparams_search=optuna", "optim.lr=interval(0,1)"): ("optim.lr", ["0.0", "greater than 0"]),
+    ("-m", "hparams_search=optuna", "optim.lr=tag(lgo,interval(1e-4,1))"): ("optim.lr", ["mean 'log'?"]),
+    ("-m", "hparams_search=optuna", "optim.lr=tag(log,interval(0,1))"): ("optim.lr", ["begin above 0"]),
+    ("-m", "hparams_search=optuna", "hparams_search.sampler=grid", "optim.lr=interval(1e-4,1)"): (
+        "optim.lr",
+        ["sampler=grid needs a list of values", "range"],
+    ),
+    ("-m", "hparams_search=optuna", "hparams_search.n_trials=3,4", "optim.lr=interval(1e-4,1)"): (
+        "hparams_search.n_trials",
+        ["many searches"],
+    ),
+    ("-m", "hparams_search=optuna", "hparams_search.sampler=tp", "optim.lr=interval(1e-4,1)"): (
+        "hparams_search.sampler",
+        ["did you mean 'tpe'?"],
+    ),
+    ("-m", "hparams_search=optuna", "run_name=a/b", "optim.lr=interval(1e-4,1)"): ("run_name", ["'a/b'"]),
 }
 
 

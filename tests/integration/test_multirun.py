@@ -37,7 +37,7 @@ def rows_of(root: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 120) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline
@@ -182,6 +182,9 @@ def test_jobs_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
     process = begun(*told, "trainer.max_steps=100000", "trainer.val_every_n_steps=100000")
     folder = tmp_path / "sweeps" / "orphans" / "0-seed=1"
     wait_for(lambda: trained(folder))
+    second = command("train.py", "-m", *told, "trainer.max_steps=100000", "trainer.val_every_n_steps=100000")
+    assert second.returncode == 2
+    assert f"another run is writing here (pid {process.pid}" in second.stderr
     process.kill()
     process.communicate()
     wait_for(lambda: read_json(folder / "summary.json").get("status") == "interrupted", 60)

@@ -11,7 +11,8 @@ import pytest
 from lmlab.config.schema import LocalLauncher
 from lmlab.journal import RunDir
 from lmlab.sweeps.executors import LocalProcesses
-from lmlab.sweeps.jobs import GridPoints, Job, label_of, read_results, write_results
+from lmlab.sweeps.jobs import GridPoints, Job, label_of, read_results, row_of
+from lmlab.tracking.results import write_results
 
 
 def test_gpus_are_shared_out_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +72,7 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
         Job(0, ["a=1", "b=x y"], "a=1", tmp_path / "0"),
         Job(1, [], "run", tmp_path / "1", status='refused: no, "so"\nnot'),
     ]
-    write_results(tmp_path / "results.csv", jobs)
+    write_results(tmp_path, [row_of(job) for job in jobs])
     rows = read_results(tmp_path / "results.csv")
     assert [rows[n]["status"] for n in (0, 1)] == ["waiting", 'refused: no, "so"\nnot']
     assert rows[0]["overrides"] == "a=1 b=x y"

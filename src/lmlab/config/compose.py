@@ -21,7 +21,15 @@ from lmlab.records import UserError
 from lmlab.registry import load_plugins, suggest
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
-NO_EFFECT_ON_RESULT = ("run_name", "output_root", "resume", "overwrite", "logger", "launcher")
+NO_EFFECT_ON_RESULT = (
+    "run_name",
+    "output_root",
+    "resume",
+    "overwrite",
+    "logger",
+    "launcher",
+    "hparams_search",
+)
 
 _SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd"}
 _SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask"}  # bos_token and the like are no secrets

@@ -58,6 +58,9 @@ def hydra_error(error: BaseException) -> UserError:
         return unknown_key(key)
     if key := found(r"Multiple values for ([^\s.]+)\.") or found(r"An item is already at '([^']+)'"):
         return UserError("there is such a key already", where=key, fix="write it without the +")
+    if override := found(r"Sweep parameters '(.+)' requires --multirun"):
+        key = override.partition("=")[0]
+        return UserError(f"'{override}' is many values", where=key, fix="add -m to run them, or write one")
     if override := found(r"Ambiguous value for argument '(.+)'"):
         key = override.partition("=")[0]
         return UserError(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, create_model
 
 from lmlab import registry
+from lmlab.config.search import SearchConfig, broken_search_rules
 from lmlab.data.sources import DataConfig
 from lmlab.evaluation.text import MetricConfig
 from lmlab.generation.samplers import SamplerConfig
@@ -82,6 +83,7 @@ class RunConfig(Config):
     callbacks: dict[str, CallbackConfig]
     metrics: dict[str, MetricConfig]
     launcher: LocalLauncher | SlurmLauncher
+    hparams_search: SearchConfig
 
 
 _built: dict[tuple[Any, ...], type[RunConfig]] = {}
@@ -106,6 +108,7 @@ def run_config_class() -> type[RunConfig]:
 def broken_rules(config: RunConfig) -> Iterator[UserError]:
     """Rules over several keys: a `RefusedError` for a combination that cannot train, else a `UserError`."""
     yield from _adapter_and_quant(config)
+    yield from broken_search_rules(config.hparams_search)
     trainer = config.trainer
     if (trainer.max_steps is None) == (trainer.max_epochs is None):
         yield UserError(

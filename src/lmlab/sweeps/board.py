@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lmlab.sweeps.jobs import FIGURES, Job, row_of
+from lmlab.sweeps.jobs import Job, row_of
+from lmlab.tracking.results import FIGURES
 
 TAIL_BYTES = 1 << 14
 SHOWN = 30
@@ -26,10 +27,10 @@ class Board:
     Args:
         console: where to.
         jobs: the list that the launcher keeps up to date.
-        total: how many there will be; None: not known.
+        total: how many there will be at most.
     """
 
-    def __init__(self, console: Console, jobs: Sequence[Job], *, total: int | None) -> None:
+    def __init__(self, console: Console, jobs: Sequence[Job], *, total: int) -> None:
         self.console, self.jobs, self.total = console, jobs, total
         self._live: Live | None = None
         self._drawn = 0.0
@@ -47,9 +48,8 @@ class Board:
 
     def tell(self, job: Job) -> None:
         """A job has started or ended."""
-        of = f"/{self.total}" if self.total is not None else ""
         took = f" after {job.seconds:.0f} s" if job.status != "running" and job.run is not None else ""
-        self.say(f"[{job.number + 1}{of}] {job.label}: {job.status}{took}")
+        self.say(f"[{job.number + 1}/{self.total}] {job.label}: {job.status}{took}")
         self.refresh(now=True)
 
     def say(self, text: str) -> None:
@@ -74,8 +74,9 @@ class Board:
             table.add_row(job.label, job.status, step, *shown, f"{time.monotonic() - job.started:.0f}")
         ended = [job for job in self.jobs if job.status not in ("running", "waiting")]
         went_wrong = sum(job.went_wrong for job in ended)
-        of = f" of {self.total}" if self.total is not None else ""
-        table.caption = f"{len(ended)}{of} ended" + (f", {went_wrong} of them failed" if went_wrong else "")
+        table.caption = f"{len(ended)} of {self.total} ended" + (
+            f", {went_wrong} of them failed" if went_wrong else ""
+        )
         return table
 
 

@@ -7,26 +7,15 @@ sweep reads in it what need not be done again.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lmlab.journal import RunDir, read_json
+from lmlab.journal import RunDir
+from lmlab.tracking.results import result_row
 
-FIGURES = (
-    "final/val/loss",
-    "best/val_loss",
-    "final/val/exact_match",
-    "model/params_trainable",
-    "model/base_bits_per_param",
-    "memory/peak_gb",
-    "perf/tokens_per_second_median",
-)
-"""What results.csv shows of a run's summary.json."""
 OUT_OF_MEMORY = "out of memory"
-DONE = ("finished", "pruned")
 NOT_STARTED = ("waiting", "not started")
 
 
@@ -56,11 +45,6 @@ class Job:
     started: float = 0.0
 
     @property
-    def is_done(self) -> bool:
-        """Whether another start of the sweep leaves it alone: it has an outcome that would come again, or was given up."""
-        return self.status in DONE
-
-    @property
     def went_wrong(self) -> bool:
         """Whether the sweep's exit code says so; that a point cannot train, or does not fit, is a result."""
         return self.status in ("failed", "interrupted") or self.status.startswith("error")
@@ -71,11 +55,18 @@ class Points(Protocol):
 
     Attributes:
         keys: the swept keys, which labels and the sweep's name are made of.
-        begins_at: number of the first job asked for; those before it were run by an earlier start.
+        total: how many jobs there will be at most.
     """
 
-    keys: tuple[str, ...]
-    begins_at: int
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+
+    @property
+    def total(self) -> int: ...
+
+    def keeps(self, status: str) -> bool:
+        """Whether a job that ended so in an earlier start of the sweep is left as it is."""
+        ...
 
     def next(self, number: int) -> list[str] | None:
         """Overrides of job ``number``; None: none now and, if nothing runs any more, none at all."""
@@ -93,12 +84,14 @@ class Points(Protocol):
 class GridPoints:
     """Every combination, in order, whatever comes of them."""
 
-    begins_at = 0
-
     def __init__(self, jobs: Sequence[list[str]]) -> None:
-        self.jobs = jobs
+        self.jobs, self.total = jobs, len(jobs)
         varied = (i for i in range(len(jobs[0])) if len({job[i] for job in jobs}) > 1)
         self.keys = tuple(key_of(jobs[0][i]) for i in varied)
+
+    def keeps(self, status: str) -> bool:
+        """What finished; all else is tried again."""
+        return status == "finished"
 
     def next(self, number: int) -> list[str] | None:
         """See `Points`."""
@@ -124,28 +117,14 @@ def label_of(overrides: Sequence[str], keys: Sequence[str]) -> str:
 
 def row_of(job: Job) -> dict[str, Any]:
     """A job's line in results.csv."""
-    summary = read_json(job.run.summary) if job.run is not None else {}
-    return {
-        "job": job.number,
-        "overrides": " ".join(job.overrides),
-        "status": job.status,
-        "exit_code": job.exit_code,
-        "seconds": round(job.seconds, 1),
-        **{name: summary.get(name) for name in FIGURES},
-        "directory": str(job.folder) if job.run is not None else "",
-    }
-
-
-def write_results(file: Path, jobs: Sequence[Job]) -> None:
-    """Replace the table as a whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [row_of(job) for job in jobs]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(file)
+    return result_row(
+        job=job.number,
+        overrides=" ".join(job.overrides),
+        status=job.status,
+        exit_code=job.exit_code,
+        seconds=job.seconds,
+        folder=job.folder if job.run is not None else None,
+    )
 
 
 def read_results(file: Path) -> dict[int, dict[str, str]]:

@@ -9,14 +9,12 @@ alone, what was interrupted or failed goes on from its last checkpoint.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
-import secrets
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from lmlab.start import create_run, plan_run
 from lmlab.sweeps.board import Board, outcome
 from lmlab.sweeps.executors import CONSOLE, Executor, Handle, LocalProcesses, Slurm
 from lmlab.sweeps.jobs import (
-    DONE,
     NOT_STARTED,
     OUT_OF_MEMORY,
     GridPoints,
@@ -37,22 +34,29 @@ from lmlab.sweeps.jobs import (
     Points,
     label_of,
     read_results,
-    write_results,
+    row_of,
 )
+from lmlab.tracking.compare import write_comparison
+from lmlab.tracking.groups import Entry
+from lmlab.tracking.results import RESULTS, write_results
 
 Compose = Callable[[list[str]], Any]
+OF_A_SWEEP = (RESULTS, "study.db", "submitit")
+"""What tells a sweep's folder from others."""
 STOP_SECONDS = 120.0
 """What jobs that were told to stop have for their step and their checkpoint."""
 ASKED_EVERY = 1.0
 """Seconds between two looks at whether a running job is worth going on with."""
 
 
-def run_jobs(points: Points, *, compose: Compose, first: list[str]) -> int:
+def run_jobs(points: Points, *, compose: Compose, root: Path, options: Any, overwrite: bool = False) -> int:
     """Run what ``points`` gives; 0 if no job failed, else 1, or 128 + the signal that stopped them.
 
     Args:
         compose: overrides -> composed config.
-        first: overrides that say where the sweep lies and how it is launched, which cannot differ between jobs.
+        root: the sweep's folder.
+        options: the launcher's, composed.
+        overwrite: begin anew.
 
     Raises:
         UserError: the sweep's directory is taken, or the launcher cannot start jobs.
@@ -60,15 +64,8 @@ def run_jobs(points: Points, *, compose: Compose, first: list[str]) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log file has no narrow screen
-    composed = compose(first)
-    with contextlib.suppress(
-        RefusedError
-    ):  # a refused point is a row; anything else is wrong for all of them
-        to_run_config(composed)
-    name = _sweep_name(composed.run_name, points.keys)
-    root = Path(composed.output_root) / "sweeps" / name
-    sweep = _Sweep(points, compose=compose, root=root.absolute(), options=composed.launcher, console=console)
-    sweep.claim(overwrite=bool(composed.overwrite))
+    sweep = _Sweep(points, compose=compose, root=root.absolute(), options=options, console=console)
+    sweep.claim(overwrite=overwrite)
     try:
         code = sweep.run()
     finally:
@@ -97,8 +94,7 @@ class _Sweep:
         self._asked = 0.0
         self._more = True
         self._lock = RunDir(root)
-        total = len(points.jobs) if isinstance(points, GridPoints) else None
-        self.board = Board(console, self.jobs, total=total)
+        self.board = Board(console, self.jobs, total=points.total)
 
     # --- the directory ------------------------------------------------------------------------------------------
 
@@ -108,8 +104,9 @@ class _Sweep:
         Raises:
             UserError: something else is there, or another start is at work in it.
         """
-        results = self.root / "results.csv"
-        begun = results.exists() or any(self.root.glob("[0-9]*-*/run.json"))
+        results = self.root / RESULTS
+        begun = any((self.root / name).exists() for name in OF_A_SWEEP)
+        begun = begun or any(self.root.glob("[0-9]*-*/run.json"))
         if not begun and self.root.exists() and any(self.root.glob("[!.]*")):
             raise UserError("not a sweep's directory", where=str(self.root), fix="choose another run_name")
         if overwrite and begun:
@@ -117,7 +114,7 @@ class _Sweep:
             shutil.rmtree(self.root)
         self._earlier = read_results(results)
         for number, row in self._earlier.items():
-            asked = self.points.next(number) if number >= self.points.begins_at else None
+            asked = self.points.next(number) if isinstance(self.points, GridPoints) else None
             if asked is not None and _meaning(" ".join(asked)) != _meaning(row["overrides"]):
                 raise UserError(
                     f"this directory holds another sweep (its job {number} was {row['overrides'] or 'the defaults'})",
@@ -155,10 +152,10 @@ class _Sweep:
         return code
 
     def _say_what_begins(self) -> None:
-        many = f"{len(self.points.jobs)} jobs" if isinstance(self.points, GridPoints) else "a search"
-        done = sum(row["status"] in DONE for row in self._earlier.values())
+        done = sum(self.points.keeps(row["status"]) for row in self._earlier.values())
         earlier = f", {done} of them done before" if done else ""
-        self.board.say(f"{many}{earlier}, {self.at_once} at a time, in {os.path.relpath(self.root)}")
+        where = os.path.relpath(self.root)
+        self.board.say(f"{self.points.total} jobs{earlier}, {self.at_once} at a time, in {where}")
 
     def _run_all(self) -> None:
         while self._more or self.handles:
@@ -176,17 +173,16 @@ class _Sweep:
     def _begin(self) -> bool:
         """Start the next job; False if there is none now."""
         number = len(self.jobs)
-        if number < self.points.begins_at:  # of an earlier start, and known to the points
-            self.jobs.append(self._as_it_was(number, []))
+        kept = self._kept(number)
+        if kept is not None:
+            self.jobs.append(kept)
             return True
         overrides = self.points.next(number)
         if overrides is None:
             self._more = bool(self.handles)  # what ends may bring new ones
             return False
-        job = self._as_it_was(number, overrides)
+        job = self._job(number, overrides)
         self.jobs.append(job)
-        if job.is_done:
-            return True
         handle = self._start(job)
         if handle is None:
             self.points.done(job)
@@ -196,27 +192,24 @@ class _Sweep:
         self._write()
         return True
 
-    def _as_it_was(self, number: int, overrides: list[str]) -> Job:
-        """A new job, or the row of an earlier start."""
-        row = self._earlier.get(number)
-        if row is not None and not overrides:
-            overrides = row["overrides"].split()
+    def _job(self, number: int, overrides: list[str]) -> Job:
         label = label_of(overrides, self.points.keys)
         job = Job(number, overrides, label, self.root / f"{number}-{slug(label, max_length=60)}")
-        if row is None:
-            return job
-        run = RunDir(job.folder)
-        job.status, job.exit_code, job.seconds = (
-            row["status"],
-            int(row["exit_code"] or 0),
-            float(row["seconds"] or 0),
-        )
-        job.run = run if run.config.is_file() else None
-        if job.status == "finished" and read_json(run.summary).get("status") != "finished":
-            job.status = "interrupted"  # somebody's clearing up has taken its files
-        if not job.is_done and number >= self.points.begins_at:
-            job.status, job.run = "waiting", None
+        earlier = self._earlier.get(number)
+        job.seconds = float(earlier["seconds"] or 0) if earlier is not None else 0.0
         return job
+
+    def _kept(self, number: int) -> Job | None:
+        """The job of an earlier start, if it is left as it was."""
+        row = self._earlier.get(number)
+        if row is None or not self.points.keeps(row["status"]):
+            return None
+        job = self._job(number, row["overrides"].split())
+        run = RunDir(job.folder)
+        job.status, job.exit_code = row["status"], int(row["exit_code"] or 0)
+        job.run = run if run.config.is_file() else None
+        is_whole = job.status != "finished" or read_json(run.summary).get("status") == "finished"
+        return job if is_whole else None  # else somebody's clearing up has taken its files
 
     def _start(self, job: Job) -> Handle | None:
         """Compose, check, freeze and start one job; None if it cannot start, with the reason in its status."""
@@ -287,9 +280,9 @@ class _Sweep:
             self._end(job, code)
         if isinstance(self.points, GridPoints):
             for number in range(len(self.jobs), len(self.points.jobs)):
-                job = self._as_it_was(number, list(self.points.jobs[number]))
-                job.status = job.status if job.is_done else "not started"
-                self.jobs.append(job)
+                left = self._kept(number) or self._job(number, list(self.points.jobs[number]))
+                left.status = "not started" if left.status == "waiting" else left.status
+                self.jobs.append(left)
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -297,7 +290,7 @@ class _Sweep:
         """results.csv; a command line that is wrong for every job leaves nothing behind."""
         if all(job.status.startswith("error") or job.status in NOT_STARTED for job in self.jobs):
             return
-        write_results(self.root / "results.csv", self.jobs)
+        write_results(self.root, [row_of(job) for job in self.jobs])
 
     def report(self) -> None:
         """The table, the reasons of refusals, and where the rest lies."""
@@ -305,8 +298,17 @@ class _Sweep:
         for job in self.jobs:
             if job.status.startswith("refused"):
                 self.board.say(f"job {job.number} ({job.label}) {job.status}")
-        if (self.root / "results.csv").exists():
-            self.board.say(f"results: {os.path.relpath(self.root / 'results.csv')}")
+        if not (self.root / RESULTS).exists():
+            return
+        self.board.say(f"results: {os.path.relpath(self.root / RESULTS)}")
+        try:
+            page = write_comparison(self.root, [_entry(job) for job in self.jobs], title=self.root.name)
+        except (
+            Exception
+        ) as error:  # a page that cannot be drawn must not turn a finished sweep into a failed one
+            self.board.say(f"warning: report.html was not written: {type(error).__name__}: {error}")
+        else:
+            self.board.say(f"report: {os.path.relpath(page)}")
 
 
 def _status(code: int, said: str, run: RunDir) -> str:
@@ -318,15 +320,31 @@ def _status(code: int, said: str, run: RunDir) -> str:
     return OUT_OF_MEMORY if run.out_of_memory.exists() else "failed"
 
 
-def _why(job: Job) -> str:
-    """The last line of what a failed job printed, and where the rest is."""
-    console = job.folder / CONSOLE
-    if job.run is None or not console.is_file():
-        return ""
-    lines = console.read_text(encoding="utf-8", errors="replace").splitlines()
+def _entry(job: Job) -> Entry:
+    """A job on the page that compares."""
+    folder = job.folder if job.run is not None else None
+    status = job.status.partition(": ")[0]
+    return Entry(job.label, folder, status, _reason(job), job.seconds, job.exit_code)
+
+
+def _reason(job: Job) -> str:
+    """What was wrong with a job that did not start, or the last error of one that failed."""
+    word, _, reason = job.status.partition(": ")
+    if reason or not job.went_wrong or job.run is None:
+        return reason
+    try:
+        lines = (job.folder / CONSOLE).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
     errors = [line for line in lines if line.startswith("error: ")]
-    said = f": {errors[-1].removeprefix('error: ')[:300]}" if errors else f" (exit code {job.exit_code})"
-    return f"{said} (see {os.path.relpath(console)})"
+    return errors[-1].removeprefix("error: ")[:300] if errors else f"{word}, exit code {job.exit_code}"
+
+
+def _why(job: Job) -> str:
+    """For a line about a failed job: its reason, and where the rest is."""
+    if job.run is None:
+        return ""
+    return f": {_reason(job)} (see {os.path.relpath(job.folder / CONSOLE)})"
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -338,11 +356,3 @@ def _meaning(overrides: str) -> list[str]:
     return [
         o for o in overrides.split() if o.partition("=")[0] not in ("resume", "overwrite", "launcher.jobs")
     ]
-
-
-def _sweep_name(given: str | None, keys: Sequence[str]) -> str:
-    """The run_name of the command line, or the time and the keys that vary."""
-    if given is not None:
-        return check_run_name(given)
-    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{moment}-{slug('-'.join(keys) or 'sweep', max_length=40)}-{secrets.token_hex(2)}"
