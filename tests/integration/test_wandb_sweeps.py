@@ -158,4 +158,4 @@ def test_the_jobs_of_a_multirun_are_not_the_agents_run(tmp_path: Path) -> None:
 
 def test_the_files_are_found_from_the_root() -> None:
     assert {file.stem for file in FILES} >= {"bayes_lr", "grid_adapters", "ddp"}
-    assert ROOT / "train.py" == CONF.parent / "train.py"
+    assert CONF.parent / "train.py" == ROOT / "train.py"
