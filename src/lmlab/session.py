@@ -236,11 +236,11 @@ class Session:
             return
         from lmlab.tracking.wandb import WandbTracker
 
-        config = self.config
+        config, info = self.config, read_json(self.run.info)
         self.tracker = WandbTracker(
             config.logger,
             run_dir=self.run.path,
-            run_id=read_json(self.run.info)["wandb_id"],
+            run_id=info["wandb_id"],
             settings=config.model_dump(mode="json"),
             tags=[
                 f"adapter:{config.adapter.kind}",
@@ -250,6 +250,8 @@ class Session:
             job_type=config.task,
             say=self.say,
         )
+        if self.tracker.run_id != info["wandb_id"]:  # the one a sweep's agent has drawn
+            write_json(self.run.info, {**info, "wandb_id": self.tracker.run_id})
 
     def _print_start(self, built: Any, prepared: PreparedData, hardware: Any, max_steps: int) -> None:
         if self.rank != 0:

@@ -15,7 +15,9 @@ from lmlab.records import UserError
 from .conftest import Compose
 
 OPTIONS = sorted(
-    f"{file.parent.name}={file.stem}" for file in CONF.glob("*/[!_]*.yaml") if file.parent.name != "hydra"
+    f"{file.parent.name}={file.stem}"
+    for file in CONF.glob("*/[!_]*.yaml")
+    if file.parent.name not in ("hydra", "sweep")  # the files of sweep are W&B's
 )
 
 PROMISED_TEXT = """

@@ -48,6 +48,7 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
         ["did you mean 'model.config.hidden_size'?"],
     ),
     ("~nope",): ("nope", ["unknown key"]),
+    ("sweep=ddp",): ("sweep", ["are for W&B", "wandb sweep conf/sweep/ddp.yaml"]),
     ("++hydra.x=1",): ("hydra.x", ["unknown key", "--cfg hydra"]),
     ("hydra.job.nam=x",): ("hydra.job.nam", ["unknown key"]),
     ("hydra.sweeper.x=1",): ("hydra.sweeper.x", ["unknown key"]),

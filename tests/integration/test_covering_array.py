@@ -42,7 +42,7 @@ def options() -> dict[str, list[str]]:
     groups = {
         folder.name: sorted(file.stem for file in folder.glob("[!_]*.yaml"))
         for folder in sorted(CONF.iterdir())
-        if folder.is_dir()
+        if folder.is_dir() and folder.name != "sweep"  # its files are W&B's
     }
     found = {name: names for name, names in groups.items() if names}
     for name in ("experiment", "debug"):

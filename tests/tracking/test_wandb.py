@@ -35,6 +35,8 @@ def make_tracker(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatc
             group=None,
             tags=[],
             notes=None,
+            init_timeout=20,
+            finish_timeout=30,
         )
         return WandbTracker(
             config,
@@ -138,7 +140,6 @@ def test_a_failure_is_one_line_and_never_the_runs(
     data_report: dict[str, Any],
     examples: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_args: Any, **_kwargs: Any) -> None:
         raise OSError("No space left on device\nand more")
@@ -152,4 +153,3 @@ def test_a_failure_is_one_line_and_never_the_runs(
     run.finish()
     (line,) = [line for line in said if "stopped" in line]
     assert line == "W&B: stopped mirroring (No space left on device); every number is in metrics.jsonl"
-    assert capsys.readouterr().err == "warning: W&B stopped: No space left on device\n"

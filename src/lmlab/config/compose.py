@@ -111,6 +111,12 @@ def _check_command_line(arguments: Sequence[str]) -> Any:
         key, value = override.key_or_group, override.value()
         if not key:
             refuse(f"'{text}' has no key")
+        if key == "sweep":  # a folder beside the groups, and for Hydra one of them
+            raise UserError(
+                "the files of conf/sweep are for W&B",
+                where="sweep",
+                fix=f"wandb sweep conf/sweep/{value}.yaml, then wandb agent with the id it prints",
+            )
         if (
             isinstance(value, int | float | dict | None)
             and (CONF / key).is_dir()

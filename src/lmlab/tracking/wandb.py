@@ -1,6 +1,7 @@
 """Weights & Biases as a mirror of the run's local files: one run per job, opened late, always finished.
 
-Never a prompt and never a failed run: without a key it works offline from the first second, and whatever the library
+Never a prompt, never a failed run and never a long wait: without a key it works offline from the first second; a service
+that is away costs `init_timeout` at the start, or `finish_timeout` at the end if it goes away later; whatever the library
 raises is said once and turns it off, because metrics.jsonl already has every number. `wandb` is imported only when used.
 """
 
@@ -8,13 +9,13 @@ from __future__ import annotations
 
 import netrc
 import os
-import secrets
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lmlab.records import Sample
+from pydantic import Field
+
+from lmlab.records import OF_A_MULTIRUN, Sample
 from lmlab.registry import Config
 from lmlab.tracking.data_view import DataView
 from lmlab.tracking.values import writable
@@ -22,6 +23,8 @@ from lmlab.tracking.values import writable
 SAMPLE_COLUMNS = ("step", "prompt_id", "prompt", "sampler", "seed", "text", "new_tokens", "stop_reason")
 UTF8 = "utf-8"
 EXAMPLE_COLUMNS = ("where", "tokens", "supervised_tokens", "truncated", "text")
+OF_AN_AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
+"""How `wandb agent` tells its child which run of which sweep it is."""
 
 
 class LoggerConfig(Config):
@@ -30,6 +33,8 @@ class LoggerConfig(Config):
     Attributes:
         mode: ``auto`` is online if a key is there, else offline.
         group: runs compared with one another; a multirun sets its sweep's name.
+        init_timeout: seconds that the start of a run waits for the service before it goes on offline.
+        finish_timeout: seconds that the end of a run waits for what is not uploaded yet; it stays on disk.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"]
@@ -38,6 +43,8 @@ class LoggerConfig(Config):
     group: str | None
     tags: list[str]
     notes: str | None
+    init_timeout: float = Field(gt=0)
+    finish_timeout: float = Field(gt=0)
 
 
 def has_key() -> bool:
@@ -55,6 +62,8 @@ def has_key() -> bool:
 class WandbTracker:
     """One W&B run.
 
+    Started by `wandb agent` it is the run that the agent has drawn; `run_id`, project and entity are then the agent's.
+
     Args:
         config: project, mode, group.
         run_dir: its ``wandb`` folder takes the files.
@@ -63,6 +72,9 @@ class WandbTracker:
         tags: adapter, quantization, model.
         job_type: the task.
         say: prints a line to the user.
+
+    Attributes:
+        run_id: the id that was used in the end.
     """
 
     def __init__(
@@ -76,37 +88,47 @@ class WandbTracker:
         job_type: str,
         say: Callable[[str], None],
     ) -> None:
-        self._say, self.run_dir, self.run_id = say, run_dir, run_id
+        if OF_A_MULTIRUN in os.environ:  # an agent asked for one run, so the jobs of a multirun are not it
+            for name in OF_AN_AGENT:
+                os.environ.pop(name, None)
+        self._say, self._config, self.run_dir = say, config, run_dir
+        self.run_id = (os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")) or run_id
         self._run: Any = None
         self._rows: list[list[Any]] = []
-        self.mode = config.mode
-        if config.mode == "disabled":
+        self._incomplete = False
+        self.mode = self._mode()
+        if self.mode == "disabled":
             return
-        if config.mode == "auto":
-            wanted = os.environ.get("WANDB_MODE", "")  # the library's own switch, which its users know
-            self.mode = "offline" if wanted in ("offline", "dryrun") or not has_key() else "online"
-            if not has_key():
-                say(
-                    "W&B: no key found, so this run is recorded offline (set WANDB_API_KEY in .env to go online)"
-                )
-        try:
-            self._open(config, settings, [*tags, *config.tags], job_type)
-        except Exception as error:  # a server that is away, a key that is wrong: the run must not care
-            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            say(f"W&B: cannot go online ({detail}), so this run is recorded offline")
-            self.mode = "offline"
-            # The half-opened run still lives in the library's service under this id.
-            self.run_id = secrets.token_hex(6)
-            self._guard(lambda: self._open(config, settings, [*tags, *config.tags], job_type))
+        about = {"settings": settings, "tags": [*tags, *config.tags], "job_type": job_type}
+        if self.mode == "online":
+            try:
+                self._open(**about)
+                return
+            except Exception as error:  # a server that is away, a key that is wrong: the run must not care
+                say(f"W&B: cannot go online ({_first_line(error)}), so this run is recorded offline")
+                self.mode = "offline"
+                self._guard(_forget_all)
+        self._guard(lambda: self._open(**about))
 
-    def _open(
-        self, config: LoggerConfig, settings: Mapping[str, Any], tags: list[str], job_type: str
-    ) -> None:
+    def _mode(self) -> str:
+        """``auto`` decided: the library's own switch, which its users know, then whether there is a key."""
+        wanted = os.environ.get("WANDB_MODE", "")
+        if self._config.mode != "auto" or wanted == "disabled":
+            return "disabled" if self._config.mode == "auto" else self._config.mode
+        if has_key():
+            return "offline" if wanted in ("offline", "dryrun") else "online"
+        self._say(
+            "W&B: no key found, so this run is recorded offline (set WANDB_API_KEY in .env to go online)"
+        )
+        return "offline"
+
+    def _open(self, *, settings: Mapping[str, Any], tags: Sequence[str], job_type: str) -> None:
         # The library writes its own folders below the run, and its console lines are replaced by ours.
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_DATA_DIR", str(self.run_dir / "wandb"))
         import wandb
 
+        config = self._config
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
@@ -123,16 +145,30 @@ class WandbTracker:
             reinit="create_new",
             settings=wandb.Settings(
                 silent=True,
-                init_timeout=20,  # 90 seconds by default: too long to wait for a server that is away
+                init_timeout=config.init_timeout,  # the library's own are 90 seconds, and for ever
+                finish_timeout=config.finish_timeout,
+                finish_timeout_raises=True,
                 console="off",
                 disable_git=True,
                 save_code=False,
                 x_save_requirements=False,
             ),
         )
+        wandb.termsetup(self._run.settings, _Listener(self._hear))
+        self._beside_swept(settings)
         self._run.define_metric("trainer/step")
         self._run.define_metric("*", step_metric="trainer/step")
         self._run.define_metric("val/loss", step_metric="trainer/step", summary="min")
+
+    def _beside_swept(self, settings: Mapping[str, Any]) -> None:
+        """Put back what a sweep's own value hides: with ``adapter=lora`` W&B keeps "lora" alone under ``adapter``."""
+        for group, values in settings.items():
+            if isinstance(values, Mapping) and not isinstance(self._run.config.get(group), Mapping):
+                self._run.config.update({f"{group}.{name}": value for name, value in values.items()})
+
+    def _hear(self, text: str) -> None:
+        """Of all the library has to say, that it gave up uploading: it goes on writing to disk."""
+        self._incomplete = self._incomplete or "Fatal error while uploading" in text
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Mirror one line of metrics."""
@@ -209,22 +245,48 @@ class WandbTracker:
         if self._run is None:
             return
         run, self._run = self._run, None
-        folder = Path(run.dir).parent
+        folder = os.path.relpath(Path(run.dir).parent)
         url = run.url if self.mode == "online" else None
-        self._guard(lambda: run.finish(exit_code=exit_code))
-        if url:
+
+        def finish() -> None:
+            try:
+                run.finish(exit_code=exit_code)
+            except TimeoutError:
+                self._incomplete = True
+
+        if not self._guard(finish):
+            return
+        if url and self._incomplete:
+            self._say(f"W&B: {url} has not got everything: upload the rest with `wandb sync {folder}`")
+        elif url:
             self._say(f"W&B: {url}")
         else:
-            shown = os.path.relpath(folder)
-            self._say(f"W&B: look with `wandb leet run {shown}`, upload with `wandb sync {shown}`")
+            self._say(f"W&B: look with `wandb leet run {folder}`, upload with `wandb sync {folder}`")
 
-    def _guard(self, call: Callable[[], None]) -> None:
-        """Run a W&B call; the first exception is said in one line and ends the mirroring, never the run."""
+    def _guard(self, call: Callable[[], None]) -> bool:
+        """Make a W&B call; the first exception is said in one line and ends the mirroring, never the run."""
         try:
             call()
         except Exception as error:  # any failure of a service must leave training untouched
             self._run = None
-            detail = str(error).strip().splitlines()
-            reason = detail[0][:160] if detail else type(error).__name__
-            self._say(f"W&B: stopped mirroring ({reason}); every number is in metrics.jsonl")
-            print(f"warning: W&B stopped: {reason}", file=sys.stderr)
+            self._say(f"W&B: stopped mirroring ({_first_line(error)}); every number is in metrics.jsonl")
+            return False
+        return True
+
+
+class _Listener:
+    """Takes what the library would print, were it not silent."""
+
+    def __init__(self, hear: Callable[[str], None]) -> None:
+        self.info = self.warning = self.error = hear
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _forget_all() -> None:
+    """End the library's service: a run that was opened by half lives on in it under its id."""
+    import wandb
+
+    wandb.teardown()
