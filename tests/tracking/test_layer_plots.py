@@ -65,7 +65,7 @@ def test_rows_are_put_together_by_kind_and_depth() -> None:
     assert v_proj.values[11][-1] == values["model.layers.11.self_attn.v_proj", 1000]
     assert (update.low, update.high) == (0.0, max(values.values()))
     assert rank.low == min(row["effective_rank"] for row in rows)
-    assert "highest 0.03644 in v_proj of block 11" in update.description
+    assert "highest 0.03642 in v_proj of block 11" in update.description
 
 
 def test_experts_are_averaged_and_it_is_said() -> None:
@@ -90,7 +90,9 @@ def test_what_is_not_there_is_not_drawn() -> None:
             {"step": 2}]  # fmt: skip
     (found,) = heat_maps(rows)
     assert [band.depths for band in found.bands] == [(0,)]
-    assert "everywhere 0.5" in "".join(svg_of(found).itertext())
+    assert "0.5" in "".join(svg_of(found).itertext())
+    (found,) = heat_maps([{"step": s, "layer": "a.0.b", "effective_rank": 2.0} for s in (1, 2)])
+    assert "everywhere 2" in "".join(svg_of(found).itertext())
 
 
 def test_a_step_logged_twice_counts_as_logged_last() -> None:

@@ -281,7 +281,7 @@ class GracefulStop(Callback):
 
 
 class StopAtLastStep(Callback):
-    """Ask for the stop at a step early enough that Lightning still validates: its loop then does so on its own."""
+    """Ask for the stop one step early enough that Lightning still validates: its loop then does so on its own."""
 
     def __init__(self, max_steps: int) -> None:
         self.max_steps = max_steps

@@ -209,9 +209,13 @@ class StopAfterConfig(CallbackConfig):
     steps: int = Field(ge=1)
 
     def build(self) -> Any:
-        from lmlab.training.callbacks import StopAtLastStep
+        from lightning.pytorch.callbacks import LambdaCallback
 
-        return StopAtLastStep(self.steps)
+        def stop(trainer: Any, *_: Any) -> None:
+            if trainer.global_step >= self.steps:
+                trainer.should_stop = True
+
+        return LambdaCallback(on_train_batch_end=stop)
 
 
 @callbacks.register
