@@ -72,6 +72,11 @@ class Session:
         if self.tracker is not None:
             self.tracker.samples(step, samples)
 
+    def log_layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """To layers.jsonl; the mirror gets a picture of all of them at the end."""
+        if self.journal is not None:
+            self.journal.layers(step, rows)
+
     # --- training -----------------------------------------------------------------------------------------------
 
     def train(self) -> int:
@@ -130,6 +135,7 @@ class Session:
         from lmlab.training.checkpoint import Checkpoints
         from lmlab.training.console import Progress
         from lmlab.training.datamodule import LMDataModule
+        from lmlab.training.layer_log import LayerLog
 
         config = self.config
         branches = resume_from is not None and resume_from.absolute().parent != self.run.checkpoints
@@ -159,7 +165,11 @@ class Session:
             pause=log.pause,
         )
         extra = [callback.build() for callback in config.callbacks.values()]
-        callbacks = fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra)
+        logs = {"log": self.log, "log_layers": self.log_layers, "pause": log.pause}
+        callbacks = [
+            LayerLog(config.trainer, max_steps=max_steps, **logs),
+            *fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra),
+        ]
         trainer = fitting.build_trainer(
             config.trainer,
             hardware,
@@ -342,6 +352,7 @@ class Session:
             self.journal.close()
         self._print_samples()
         if self.tracker is not None:
+            self.tracker.layers()
             self.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
             self.tracker.finish(code)
         self._report()

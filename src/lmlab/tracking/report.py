@@ -21,7 +21,7 @@ import jinja2
 from markupsafe import Markup
 
 from lmlab.records import STOPPED_CODES, UserError
-from lmlab.tracking import plots
+from lmlab.tracking import layer_plots, plots
 from lmlab.tracking.data_view import DataView, Lengths, Shown
 from lmlab.tracking.plots import short
 from lmlab.tracking.values import aligned, as_written, counted, duration, flatten, shown, visible
@@ -50,6 +50,7 @@ class RunFiles:
     directory: Path
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +107,8 @@ def read_run(run_dir: Path) -> RunFiles:
     run = RunFiles(run_dir)
     run.metrics = _read_lines(run, "metrics.jsonl")
     run.samples = _read_lines(run, "samples.jsonl")
+    if (run_dir / "layers.jsonl").exists():  # a run may go without
+        run.layers = _read_lines(run, "layers.jsonl")
     run.summary = _read_object(run, "summary.json")
     run.data = _read_object(run, "data_report.json")
     run.run = _read_object(run, "run.json")
@@ -123,6 +126,11 @@ def read_run(run_dir: Path) -> RunFiles:
             run.notices.append(f"{name} is not a finite number at {counted(len(bad), 'log point')}, first at step "
                                f"{bad[0]}. The curves leave these out.")  # fmt: skip
     return run
+
+
+def read_layers(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of layers.jsonl as far as they can be read."""
+    return _read_lines(RunFiles(run_dir), "layers.jsonl")
 
 
 def _read_text(run: RunFiles, name: str) -> str | None:
@@ -338,6 +346,8 @@ def render(run: RunFiles) -> str:
     argv = run.run.get("argv")
     data = DataView.of(run.data, run.examples)
     drawn, undrawn = draw_all(plots.panels(run.metrics, flatten(run.summary)))
+    curves, no_curves = draw_all(layer_plots.panels(run.metrics))
+    maps, no_maps = draw_all(layer_plots.heat_maps(run.layers), layer_plots.draw)
     lengths, no_lengths = draw_all([length_panel(data.lengths)] if data.lengths else [])
     return (
         templates()
@@ -347,9 +357,10 @@ def render(run: RunFiles) -> str:
             command=" ".join(map(str, argv)) if isinstance(argv, list) else str(argv or ""),
             status=status(run),
             tiles=key_figures(run),
-            notices=run.notices + undrawn + no_lengths,
+            notices=run.notices + undrawn + no_curves + no_maps + no_lengths,
             missing=run.missing,
             panels=drawn,
+            layers={"drawn": maps + curves, "rows": layer_plots.newest(run.layers)},
             validation=validations(run),
             samples=sample_groups(run.samples),
             data=data,

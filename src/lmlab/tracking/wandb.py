@@ -7,6 +7,8 @@ raises is said once and turns it off, because metrics.jsonl already has every nu
 
 from __future__ import annotations
 
+import contextlib
+import io
 import netrc
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +20,7 @@ from pydantic import Field
 from lmlab.records import OF_A_MULTIRUN, Sample
 from lmlab.registry import Config
 from lmlab.tracking.data_view import DataView
+from lmlab.tracking.layer_plots import HeatMap, heat_maps, picture
 from lmlab.tracking.values import writable
 
 SAMPLE_COLUMNS = ("step", "prompt_id", "prompt", "sampler", "seed", "text", "new_tokens", "stop_reason")
@@ -232,6 +235,28 @@ class WandbTracker:
                 page = writable(mask_page(view.examples), UTF8)
                 logged["data/mask_preview"] = wandb.Html(page, inject=False, data_is_not_path=True)
             self._run.log(logged)
+
+        self._guard(mirror)
+
+    def layers(self) -> None:
+        """Mirror layers.jsonl as heat maps, when the run is over."""
+        if self._run is None:
+            return
+        pictures: list[tuple[HeatMap, bytes]] = []
+        with contextlib.suppress(
+            Exception
+        ):  # a picture that cannot be drawn is no reason to end the mirroring
+            from lmlab.tracking.report import read_layers
+
+            pictures = [(found, picture(found)) for found in heat_maps(read_layers(self.run_dir))]
+
+        def mirror() -> None:
+            import wandb
+            from PIL import Image
+
+            for found, png in pictures:
+                image = wandb.Image(Image.open(io.BytesIO(png)), caption=found.title)
+                self._run.log({"trainer/step": found.steps[-1], f"layers/{found.name}_map": image})
 
         self._guard(mirror)
 
