@@ -22,7 +22,7 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
     {"evaluation", "export"},
     {"training"},
     {"config"},
-    {"worker", "start", "checks", "sweeps", "assemble", "load", "session", "resume", "planning"},
+    {"worker", "start", "checks", "sweeps", "assemble", "load", "session", "resume", "planning", "ranks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIBLINGS = LAYERS[1] | LAYERS[2]  # never each other within their row
