@@ -141,6 +141,8 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
             )
     except SignalException as error:
         code = 128 + int(error.sigval)
+    finally:
+        del os.environ[ranks.HAS_PARENT]
     summary = read_json(run.summary)
     if summary.get("status") in (None, "running"):
         write_json(run.summary, {**summary, "status": "failed", "exit_code": code})

@@ -75,7 +75,7 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     ("optim.name=adamm",): ("optim.name", ["'adamm'", "did you mean 'adamw'?", "sgd"]),
     ("adapter.kind=lorra",): ("adapter.kind", ["'lorra'", "did you mean 'lora'?"]),
     ("adapter=",): ("adapter", ["no option ''"]),
-    ("trainer=3",): ("trainer", ["no option '3'", "cpu, ddp, default, gpu"]),
+    ("trainer=3",): ("trainer", ["no option '3'", "cpu, ddp, default, fsdp, gpu"]),
     ("trainer=null",): ("trainer", ["no option 'null'"]),
     ("hydra/sweeper=foo",): ("hydra/sweeper", ["no option 'foo'"]),
     # wrong types and ranges

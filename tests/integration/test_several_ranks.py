@@ -31,6 +31,7 @@ STEPS = 6
 TOLD = (
     "data=skills",
     "data.num_records=60",
+    "data.test_fraction=0.1",
     "trainer.memory_plan=false",
     f"trainer.max_steps={STEPS}",
     "trainer.val_every_n_steps=3",
@@ -167,7 +168,7 @@ def test_shares_against_one_process(sharded: dict[str, RunDir], case: str, kind:
     one, other = sharded[f"{case} alone"], sharded[f"{case} {kind}"]
     assert weights(one).keys() == weights(other).keys()
     assert distance(weights(one), weights(other)) < RELATIVE
-    for name in ("train/loss", "train/grad_norm", "val/exact_match"):
+    for name in ("train/loss", "train/grad_norm", "val/exact_match", "test/loss"):
         assert logged(other, name) == pytest.approx(logged(one, name), rel=RELATIVE)
     # At step 3 a run that ends there validates too.
     assert logged(other, "val/loss") == pytest.approx(logged(one, "val/loss"), rel=RELATIVE)

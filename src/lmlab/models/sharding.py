@@ -73,17 +73,21 @@ def shares(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def whole(values: Any, *, keep: bool) -> Any:
-    """A state dict (nested as it may be) with every sharded tensor gathered, in host memory.
+    """A state dict (nested as it may be) with every sharded tensor gathered, in host memory; tied ones stay one.
 
     Args:
         keep: on this rank; elsewhere each is gathered and dropped again. One at a time is on the device.
     """
+    gathered: dict[int, torch.Tensor | None] = {}
 
     def gather(value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value.cpu() if keep and isinstance(value, torch.Tensor) else value
-        full = value.full_tensor()
-        return full.cpu() if keep else None
+        storage = value.to_local().untyped_storage()._cdata  # its address would be 0 of every empty share
+        if storage not in gathered:
+            full = value.full_tensor()
+            gathered[storage] = full.cpu() if keep else None
+        return gathered[storage]
 
     with torch.no_grad():
         return tree_map(gather, values)
@@ -95,13 +99,10 @@ def whole_weights(model: nn.Module, *, keep: bool, trained_only: bool) -> dict[s
     Args:
         trained_only: leave out what is frozen.
     """
-    gathered: dict[int, Any] = {}
-    for value in (state := model.state_dict(keep_vars=True)).values():
-        if id(value) not in gathered and (value.requires_grad or not trained_only):
-            gathered[id(value)] = whole(value.detach(), keep=keep)  # tied weights once
-    if not keep:
-        return None
-    return {name: gathered[id(value)] for name, value in state.items() if id(value) in gathered}
+    state = model.state_dict(keep_vars=True)
+    chosen = {name: v.detach() for name, v in state.items() if v.requires_grad or not trained_only}
+    found = whole(chosen, keep=keep)
+    return found if keep else None
 
 
 def share_of(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
