@@ -22,7 +22,19 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
     {"evaluation", "export"},
     {"training"},
     {"config"},
-    {"worker", "start", "checks", "sweeps", "assemble", "load", "session", "resume", "planning", "reproduce"},
+    {
+        "worker",
+        "start",
+        "checks",
+        "sweeps",
+        "assemble",
+        "load",
+        "session",
+        "resume",
+        "planning",
+        "ranks",
+        "reproduce",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIBLINGS = LAYERS[1] | LAYERS[2]  # never each other within their row

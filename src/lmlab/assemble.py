@@ -22,6 +22,7 @@ from lmlab.data.chat_templates import chat_renderer, special_tokens, use_chat_te
 from lmlab.data.formats import Prompting
 from lmlab.data.prepared import PreparedData
 from lmlab.journal import RunDir, beside, publish_folder, read_json, write_json
+from lmlab.modes import is_sharded
 
 if TYPE_CHECKING:
     from lmlab.config.schema import RunConfig
@@ -40,7 +41,7 @@ class BuiltModel:
         flat: whether it takes flat rows (packed attention).
         optim: the optimizer's config in force.
         prompting: from a question of one's own to what the model is given.
-        save_weights: writes ``adapter/`` or ``model/`` into the folder it is given.
+        save_weights: writes ``adapter/`` or ``model/`` into the folder it is given, of the weights it is given or its own.
         figures: parameters and stored bits, for summary.json.
         policy: (what, choice) of all that follows from the machine, for the table at the start.
     """
@@ -50,7 +51,7 @@ class BuiltModel:
     optim: OptimConfig
     generator: TextGenerator
     prompting: Prompting
-    save_weights: Callable[[Path], None]
+    save_weights: Callable[[Path, dict[str, Any] | None], None]
     figures: dict[str, Any]
     policy: list[tuple[str, str]]
 
@@ -87,7 +88,7 @@ def build_for_training(
         use_packed_attention(model)
     total, trainable = count_parameters(model)
     figures.update({"model/params_total": total, "model/params_trainable": trainable})
-    model.to(hardware.device)
+    model.to(_home(config, hardware))
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves modes alone: dropout would never act
     if config.trainer.compile and not compile_layers(model):
         say("trainer.compile=true changes nothing: no decoder layers were found in this model")
@@ -109,7 +110,9 @@ def build_for_training(
         optim=optim,
         generator=generator,
         prompting=prompting,
-        save_weights=lambda folder: save_weights(model, tokenizer, folder, base_path=base_path, info=info),
+        save_weights=lambda folder, weights=None: save_weights(
+            model, tokenizer, folder, base_path=base_path, info=info, weights=weights
+        ),
         figures=figures,
         policy=hardware.table(
             flat=flat,
@@ -136,7 +139,9 @@ def _build_base(
     from lmlab.models.quantize import linear_storage, load_dtype, stored_bytes
 
     dtype = load_dtype(config.quant, hardware.compute_dtype, mixed=hardware.mixed)
-    model = build_model(config.model, hf_config, seed=config.seed, dtype=dtype, device=hardware.device)
+    model = build_model(
+        config.model, hf_config, seed=config.seed, dtype=dtype, device=_home(config, hardware)
+    )
     base_path, fingerprint = _freeze_base(run, config, model, tokenizer, hardware, say)
     storage = linear_storage(model)
     params = sum(layer.shape[0] * layer.shape[1] for layer in storage)
@@ -146,6 +151,11 @@ def _build_base(
     }
     use_fused_layers(model)
     return model, base_path, fingerprint, figures
+
+
+def _home(config: RunConfig, hardware: Hardware) -> Any:
+    """Where the whole model lies: for FSDP in host memory, as the device need not have room for it."""
+    return "cpu" if config.trainer.strategy == "fsdp" else hardware.device
 
 
 def _freeze_base(
@@ -243,9 +253,14 @@ def text_generator(
     def around(num_steps: int = 1) -> Any:
         with ExitStack() as stack:
             stack.enter_context(attention(model, attn))
-            stack.enter_context(
-                ready_to_decode(model, compute_dtype=hardware.compute_dtype, num_steps=num_steps)
-            )
+            if is_sharded(model):  # no rank has the weights that would be merged
+                from lmlab.models.sharding import same_logits
+
+                stack.enter_context(same_logits(model))
+            else:
+                stack.enter_context(
+                    ready_to_decode(model, compute_dtype=hardware.compute_dtype, num_steps=num_steps)
+                )
             if hardware.autocast:
                 stack.enter_context(torch.autocast(hardware.device.type, dtype=hardware.compute_dtype))
             yield
@@ -285,9 +300,18 @@ def weights_info(
 
 
 def save_weights(
-    model: Any, tokenizer: Any, folder: Path, *, base_path: str | None, info: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    base_path: str | None,
+    info: dict[str, Any],
+    weights: dict[str, Any] | None = None,
 ) -> None:
     """``folder/adapter`` (loads with PEFT alone) or ``folder/model`` (loads with transformers alone), by rename.
+
+    Args:
+        weights: the state dict to write, where the model itself has a share of each tensor only.
 
     Raises:
         OSError: they cannot be written; what stood there before stands there still.
@@ -304,9 +328,9 @@ def save_weights(
             for peft_config in model.peft_config.values():
                 peft_config.base_model_name_or_path = base_path
                 peft_config.revision = info["base_revision"]
-            model.save_pretrained(temporary, save_embedding_layers=False)
+            model.save_pretrained(temporary, save_embedding_layers=False, state_dict=weights)
         else:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "lmlab.json", info, sync=True)
         publish_folder(temporary, target)

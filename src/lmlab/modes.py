@@ -1,4 +1,4 @@
-"""A block in evaluation mode, for whoever looks at a model that is being trained."""
+"""What a model that is being trained is like to whoever looks at it: in evaluation mode for a block, whole or sharded."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its weights are cut over ranks (`models.sharding`): then all ranks must run it together."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)

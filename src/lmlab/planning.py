@@ -239,6 +239,9 @@ def plan_beside(
     """Give the meter what was planned; a failure is one line and no more."""
     if not config.trainer.memory_plan:
         return
+    if config.trainer.strategy == "fsdp":
+        say("no memory plan: it would be that of one device with the whole model")
+        return
     try:
         workload = workload_of_data(config, prepared, flat=built.flat, max_steps=max_steps)
         run = planned_run(

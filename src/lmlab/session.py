@@ -288,7 +288,11 @@ class Session:
             (
                 "steps",
                 f"{max_steps} of {config.trainer.rows_per_step} {'windows' if prepared.meta['stream'] else 'packed rows' if prepared.packed else 'examples'}"
-                + (f" ({world_size(config)} ranks)" if world_size(config) > 1 else ""),
+                + (
+                    f" ({world_size(config)} ranks, {'fsdp' if config.trainer.strategy == 'fsdp' else 'ddp'})"
+                    if world_size(config) > 1
+                    else ""
+                ),
             ),
             ("optimizer", f"{built.optim.name}, lr {built.optim.lr:g}, {built.optim.schedule}"),
             *built.policy,

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmlab import ranks
 from lmlab.config.compose import fingerprint, freeze, to_run_config
 from lmlab.config.schema import RunConfig
 from lmlab.data.chat_templates import (
@@ -72,7 +73,8 @@ class Plan:
 
 
 def start(composed: Any, overrides: list[str]) -> int:
-    """One run from a composed config."""
+    """One run from a composed config; of several nodes only its directory, and what to type on them."""
+    ranks.refuse_front_door()
     config = to_run_config(composed)
     if config.hparams_search.kind != "none":
         raise UserError(
@@ -85,6 +87,10 @@ def start(composed: Any, overrides: list[str]) -> int:
     from lmlab.worker import launch, requeue
 
     try:
+        if config.trainer.num_nodes > 1:
+            print(f"prepared for {config.trainer.num_nodes} nodes: {plan.run.path}")
+            print(ranks.how_to_start(plan.run, config))
+            return 0
         code = launch(plan.run, plan.config)
     finally:
         plan.run.release()

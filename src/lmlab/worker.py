@@ -2,7 +2,7 @@
 
 `python -m lmlab.worker RUN_DIR` reads the frozen config.yaml and what `start` prepared, and nothing of the command
 line that led to it. With several devices it becomes the parent of one process per rank (torch's elastic launcher);
-under torchrun or SLURM, where RANK is set already, it is one of the ranks.
+under torchrun or srun it is one of the ranks (`ranks`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lmlab import ranks
 from lmlab.config.compose import freeze, load_env, load_frozen, report_error
 from lmlab.config.schema import RunConfig, world_size
 from lmlab.journal import RunDir, read_json, write_json
@@ -42,8 +43,9 @@ def launch(run: RunDir, config: RunConfig) -> int:
 
 
 def _launch(run: RunDir, config: RunConfig) -> int:
-    if "RANK" in os.environ:
+    if ranks.is_rank():
         return run_rank(run, config)
+    ranks.refuse_alone(run, config)
     run.out_of_memory.unlink(missing_ok=True)
     code = run_rank(run, config) if world_size(config) == 1 else _launch_ranks(run, config)
     if code == 1 and config.trainer.auto_batch and run.out_of_memory.exists():
@@ -113,14 +115,9 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if config.trainer.num_nodes > 1:
-        raise UserError(
-            f"trainer.num_nodes={config.trainer.num_nodes} needs one start per node",
-            where="trainer.num_nodes",
-            fix=f"on each node: torchrun --nnodes {config.trainer.num_nodes} --nproc-per-node {config.trainer.devices} ... -m lmlab.worker {run.path}",
-        )
     devices = config.trainer.devices
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    os.environ[ranks.HAS_PARENT] = "1"
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -148,6 +145,8 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
             )
     except SignalException as error:
         code = 128 + int(error.sigval)
+    finally:
+        del os.environ[ranks.HAS_PARENT]
     summary = read_json(run.summary)
     if summary.get("status") in (None, "running"):
         write_json(run.summary, {**summary, "status": "failed", "exit_code": code})
@@ -275,16 +274,20 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 "one run directory is needed", where="lmlab.worker", fix="python -m lmlab.worker RUN_DIR"
             )
-        run = RunDir(Path(given[0]))
+        run, under_srun = RunDir(Path(given[0])), ranks.adopt_srun()
+        if ranks.is_rank():
+            ranks.require_here(run)
         config: Any = load_frozen(run.config)
-        if "RANK" in os.environ:  # one rank of several: whoever started them holds the directory's lock
-            return launch(run, config)
-        run.take_lock()
+        if ranks.is_rank():
+            ranks.require_world(config)
+            if ranks.HAS_PARENT in os.environ or os.environ["RANK"] != "0":
+                return launch(run, config)
+        run.take_lock()  # for all ranks, where nobody holds it for them
         try:
             code = launch(run, config)
         finally:
             run.release()
-        return requeue(code)
+        return requeue(code) if under_srun or not ranks.is_rank() else code
     except UserError as error:
         return report_error(error)
 

@@ -21,6 +21,7 @@ ROOT = CONF.parent
 LINE = re.compile(r"error: (?P<what>.+?) \((?P<where>[^()]+)\): (?P<fix>.+)\n")
 
 TWO = "[{metric:val/loss,direction:minimize},{metric:memory/peak_gb,direction:minimize}]"
+FSDP = ("trainer.strategy=fsdp", "trainer.devices=2")
 
 # command line -> (the key it names, what else the line must say)
 BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
@@ -76,7 +77,7 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     ("optim.name=adamm",): ("optim.name", ["'adamm'", "did you mean 'adamw'?", "sgd"]),
     ("adapter.kind=lorra",): ("adapter.kind", ["'lorra'", "did you mean 'lora'?"]),
     ("adapter=",): ("adapter", ["no option ''"]),
-    ("trainer=3",): ("trainer", ["no option '3'", "cpu, ddp, default, gpu"]),
+    ("trainer=3",): ("trainer", ["no option '3'", "cpu, ddp, default, fsdp, gpu"]),
     ("trainer=null",): ("trainer", ["no option 'null'"]),
     ("hydra/sweeper=foo",): ("hydra/sweeper", ["no option 'foo'"]),
     # wrong types and ranges
@@ -124,6 +125,12 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     ("model=llama_tiny", "tokenizer=from_model"): ("tokenizer", ["tokenizer=bpe"]),
     ("tokenizer=bpe",): ("tokenizer", ["tokenizer=from_model"]),
     ("trainer=cpu", "trainer.precision=fp16"): ("trainer.precision", ["fp16", "bf16"]),
+    (*FSDP, "adapter=qlora"): ("trainer.strategy", ["fsdp over quant=nf4", "quant=bf16"]),
+    (*FSDP, "quant=int8"): ("trainer.strategy", ["fsdp over quant=int8"]),
+    FSDP[:1]: ("trainer.strategy", ["on one device", "trainer.devices=2"]),
+    (*FSDP, "trainer.compile=true"): ("trainer.compile", ["fsdp with trainer.compile=true"]),
+    (*FSDP, "optim.name=adamw8bit"): ("optim.name", ["fsdp with optim.name=adamw8bit", "adamw or sgd"]),
+    (*FSDP, "tokenizer.added_tokens=[x]"): ("tokenizer.added_tokens", ["fsdp", "adapter=none"]),
     ("resume=auto", "overwrite=true", "run_name=x"): ("overwrite", ["resume=auto"]),
     ("samples.grid=[greedy,topp]",): ("samples.grid", ["'topp'", "did you mean 'top_p'?"]),
     ("plugins=[no_such_plugin]",): ("plugins", ["'no_such_plugin'", "PYTHONPATH"]),

@@ -227,14 +227,19 @@ def distance(expected: Gradients, found: Gradients) -> float:
 
 
 def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run ``function(*arguments)`` in two real processes of one gloo group, started as lmlab's worker does; by rank."""
+    """`on_ranks` of two."""
+    return on_ranks(2, function, *arguments)
+
+
+def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Run ``function(*arguments)`` in real processes of one gloo group, started as lmlab's worker does; by rank."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     assert function.__module__ in sys.modules
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=2,
+        nproc_per_node=count,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -243,4 +248,4 @@ def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
         start_method="spawn",
     )
     results = elastic_launch(settings, function)(*arguments)
-    return [results[rank] for rank in range(2)]
+    return [results[rank] for rank in range(count)]

@@ -109,6 +109,8 @@ def broken_rules(config: RunConfig) -> Iterator[UserError]:
     """Rules over several keys: a `RefusedError` for a combination that cannot train, else a `UserError`."""
     yield from _adapter_and_quant(config)
     yield from broken_search_rules(config.hparams_search)
+    if config.trainer.strategy == "fsdp":
+        yield from _sharded(config)
     trainer = config.trainer
     if (trainer.max_steps is None) == (trainer.max_epochs is None):
         yield UserError(
@@ -180,6 +182,47 @@ def _adapter_and_quant(config: RunConfig) -> Iterator[RefusedError]:
         where="quant",
         fix=f"use adapter={'qlora' if quant in ('nf4', 'fp4') else 'lora'} quant={quant}, or quant=none",
     )
+
+
+def _sharded(config: RunConfig) -> Iterator[UserError]:
+    """What does not go together with weights that lie in shares."""
+    quant, trainer = config.quant.kind, config.trainer
+    if quant in ("nf4", "fp4", "int8"):
+        yield RefusedError(
+            f"trainer.strategy=fsdp over quant={quant}: packed weights are not cut into shares",
+            where="trainer.strategy",
+            fix="use trainer.strategy=ddp, or quant=bf16",
+        )
+    if world_size(config) == 1:
+        yield UserError(
+            "trainer.strategy=fsdp on one device: there is nothing to share",
+            where="trainer.strategy",
+            fix="use trainer.devices=2 or more, or trainer.strategy=auto",
+        )
+    if trainer.precision == "fp16" or mixed_precision_instead(config) == "fp16":
+        yield UserError(
+            "trainer.strategy=fsdp in fp16, which needs a loss scale",
+            where="trainer.precision",
+            fix="use trainer.precision=bf16 or fp32",
+        )
+    if trainer.compile:
+        yield UserError(
+            "trainer.strategy=fsdp with trainer.compile=true",
+            where="trainer.compile",
+            fix="use trainer.compile=false",
+        )
+    if "8bit" in config.optim.name:
+        yield UserError(
+            f"trainer.strategy=fsdp with optim.name={config.optim.name}: its blocks would lie across shares",
+            where="optim.name",
+            fix="use optim.name=adamw or sgd",
+        )
+    if config.adapter.freezes_base and getattr(config.tokenizer, "added_tokens", None):
+        yield UserError(
+            f"trainer.strategy=fsdp with tokenizer.added_tokens and adapter={config.adapter.kind}",
+            where="tokenizer.added_tokens",
+            fix="use trainer.strategy=ddp, or adapter=none",
+        )
 
 
 def _gpu_wanted(config: RunConfig) -> bool:

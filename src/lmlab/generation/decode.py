@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lmlab.generation.samplers import SamplerConfig, draw
-from lmlab.modes import evaluating
+from lmlab.modes import evaluating, is_sharded
 from lmlab.records import RunFailedError, UserError
 
 if TYPE_CHECKING:
@@ -146,9 +146,9 @@ class _Batch:
         )
         self._unread = filled_layers(self.cache)
         self._static: StaticSteps | None = None
-        if _wants_static(causal_lm, self.device) and serves(
-            causal_lm, self.cache, self._accepted, num_steps=new
-        ):
+        # A graph would hold the collectives of a sharded model, and what they gather, fixed.
+        static = _wants_static(causal_lm, self.device) and not is_sharded(model)
+        if static and serves(causal_lm, self.cache, self._accepted, num_steps=new):
             self._static = StaticSteps(self._call, self._unread, capture=self.device.type == "cuda")
 
     def logits(self) -> torch.Tensor:

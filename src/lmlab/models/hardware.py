@@ -116,7 +116,7 @@ def choose_hardware(
             "no GPU on this machine", where="trainer.accelerator", fix="use trainer.accelerator=cpu or auto"
         )
     on_gpu = has_gpu and accelerator != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", _own_gpu()) if on_gpu else torch.device("cpu")
     if precision != "auto":
         reason = "as configured"
     elif on_gpu and torch.cuda.is_bf16_supported():
@@ -128,6 +128,22 @@ def choose_hardware(
     else:
         precision, reason = "fp32", "no fast bf16 here"
     return Hardware(device, precision, reason, is_mixed(precision, frozen_storage))
+
+
+def _own_gpu() -> int:
+    """This rank's GPU among those it sees.
+
+    Raises:
+        UserError: it is not among them.
+    """
+    rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= visible:
+        raise UserError(
+            f"process {rank} of this machine needs a GPU of its own and sees {visible}",
+            where="trainer.devices",
+            fix=f"use trainer.devices={visible}; under SLURM give GPUs to the node (--gpus-per-node), not to its tasks",
+        )
+    return rank
 
 
 def is_mixed(precision: str, frozen_storage: str | None) -> bool:

@@ -20,6 +20,7 @@ from lmlab.generation.samplers import SamplerConfig
 from lmlab.generation.text import TextGenerator
 from lmlab.models.flops import StepFlops
 from lmlab.models.memory import MemoryMeter
+from lmlab.modes import is_sharded
 from lmlab.records import Sample
 from lmlab.training.console import Progress
 from lmlab.training.modules import STOP_SIGNALS, CausalLMModule, StepTotals
@@ -194,16 +195,19 @@ class SampleGrid(Callback):
         """At step 0, at the end, and between them if no rhythm of their own is set."""
         step = 0 if trainer.sanity_checking else trainer.global_step
         if step == 0 or step >= self.max_steps or trainer.should_stop or self.every is None:
-            self._sample(trainer, step)
+            self._sample(trainer, pl_module, step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """In the rhythm of ``samples.every_n_steps``."""
         step = trainer.global_step
         if self.every is not None and step % self.every == 0:
-            self._sample(trainer, step)
+            self._sample(trainer, pl_module, step)
 
-    def _sample(self, trainer: Trainer, step: int) -> None:
-        if step == self._sampled or not trainer.is_global_zero or not self.prompts:
+    def _sample(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """On the first rank; of a sharded model on all of them, as each has a part of the weights only."""
+        assert isinstance(pl_module, CausalLMModule)
+        mine = trainer.is_global_zero or is_sharded(pl_module.model)
+        if step == self._sampled or not mine or not self.prompts:
             return
         self._sampled = step
         samples: list[Sample] = []
@@ -224,7 +228,8 @@ class SampleGrid(Callback):
                             text.stop_reason,
                         )
                     )
-        self.log_samples(step, samples)
+        if trainer.is_global_zero:
+            self.log_samples(step, samples)
 
 
 REPEATED_SECONDS = 1.0

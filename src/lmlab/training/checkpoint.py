@@ -27,6 +27,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
 from lmlab.journal import RunDir, beside, publish_folder, read_json, write_json
+from lmlab.models.sharding import whole_weights
+from lmlab.modes import is_sharded
 from lmlab.records import RunFailedError, UserError
 from lmlab.training.options import CheckpointConfig
 
@@ -41,13 +43,14 @@ class FolderCheckpointIO(CheckpointIO):
 
     Args:
         on_error: what a file system that does not take a checkpoint means: ``warn`` goes on without it, ``raise`` not.
+        mapped: read tensors from the file when they are used, for ranks that use a part of each.
 
     Attributes:
         failed: why the last save failed, on the rank that writes; None if it did not.
     """
 
-    def __init__(self, on_error: str = "raise") -> None:
-        self.on_error = on_error
+    def __init__(self, on_error: str = "raise", *, mapped: bool = False) -> None:
+        self.on_error, self.mapped = on_error, mapped
         self.failed: OSError | None = None
 
     def save_checkpoint(
@@ -90,7 +93,12 @@ class FolderCheckpointIO(CheckpointIO):
         verify_checkpoint(Path(path))
         _refuse_compressed(Path(path) / "state.pt")
         try:
-            return torch.load(Path(path) / "state.pt", map_location=map_location or "cpu", weights_only=True)
+            return torch.load(
+                Path(path) / "state.pt",
+                map_location=map_location or "cpu",
+                weights_only=True,
+                mmap=self.mapped,
+            )
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"it holds code, which is not run: {_first_line(error)}",
@@ -183,7 +191,8 @@ class Checkpoints(Callback):
     Args:
         run: where.
         options: how often, how many.
-        save_weights: writes ``adapter/`` or ``model/`` into the folder it is given (on rank 0).
+        save_weights: writes ``adapter/`` or ``model/`` into the folder it is given (on rank 0), of these weights or, for
+            None, of the model as it is.
         pause: entered while saving (the log's clock stands still).
         val_every_n_steps: a checkpoint due together with a validation is saved after it.
     """
@@ -193,7 +202,7 @@ class Checkpoints(Callback):
         run: RunDir,
         options: CheckpointConfig,
         *,
-        save_weights: Callable[[Path], None],
+        save_weights: Callable[[Path, dict[str, torch.Tensor] | None], None],
         max_steps: int,
         val_every_n_steps: int,
         pause: Callable[[], AbstractContextManager[None]],
@@ -227,14 +236,15 @@ class Checkpoints(Callback):
         loss = trainer.callback_metrics.get("val/loss")
         if loss is not None and (self.best is None or float(loss) < self.best):
             self.best, self.best_step = float(loss), step
+            weights = _gathered(trainer, pl_module)
             if trainer.is_global_zero:
-                self._keep_best()
+                self._keep_best(weights)
         if step >= self.max_steps or trainer.should_stop or (every is not None and step % every == 0):
             self.save(trainer)
 
-    def _keep_best(self) -> None:
+    def _keep_best(self, weights: dict[str, torch.Tensor] | None) -> None:
         try:
-            self.save_weights(self.run.best)
+            self.save_weights(self.run.best, weights)
         except OSError as error:
             if self.options.on_error == "raise":
                 raise
@@ -246,10 +256,11 @@ class Checkpoints(Callback):
         Raises:
             RunFailedError: they cannot be written.
         """
+        weights = _gathered(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         try:
-            self.save_weights(self.run.path)
+            self.save_weights(self.run.path, weights)
         except OSError as error:
             raise RunFailedError(
                 f"the last weights cannot be written ({error.strerror or error}) in {self.run.path}: "
@@ -319,6 +330,14 @@ class Checkpoints(Callback):
         state = getattr(self, "_rng", None)
         if state is not None:
             _restore_rng(state)
+
+
+def _gathered(trainer: Trainer, module: LightningModule) -> dict[str, torch.Tensor] | None:
+    """The weights to use, on the first rank, where they lie in shares; all ranks must call it. None: the model has them."""
+    model: Any = module.model
+    if not is_sharded(model):
+        return None
+    return whole_weights(model, keep=trainer.is_global_zero, trained_only=hasattr(model, "peft_config"))
 
 
 def _warn(what: str, error: OSError) -> None:

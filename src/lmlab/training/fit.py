@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from lmlab.models.hardware import Hardware
 from lmlab.training.callbacks import GracefulStop, StopAtLastStep
@@ -18,6 +17,7 @@ from lmlab.training.checkpoint import Checkpoints, FolderCheckpointIO
 from lmlab.training.datamodule import LMDataModule
 from lmlab.training.modules import CausalLMModule
 from lmlab.training.options import TrainerConfig
+from lmlab.training.strategy import ShardedStrategy, build_strategy, cluster_environment
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ def build_trainer(
     _quiet()
     # Counted in micro-batches; a rhythm beyond the end would be refused by Lightning for finite loaders only.
     every = options.val_every_n_steps * options.accumulate_grad_batches
+    strategy = build_strategy(options.strategy, hardware, world_size=world_size)
     return Trainer(
         accelerator="gpu" if hardware.device.type == "cuda" else "cpu",
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=_strategy(hardware) if world_size > 1 else "auto",
-        precision=hardware.lightning_precision,  # type: ignore[arg-type]
+        strategy=strategy,
+        # Sharded weights are gathered in the products' type already.
+        precision="32-true" if isinstance(strategy, ShardedStrategy) else hardware.lightning_precision,  # type: ignore[arg-type]
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=options.accumulate_grad_batches,
@@ -68,18 +70,13 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
+        # What a failed save means is for `Checkpoints` to say, on all ranks.
         plugins=[
-            FolderCheckpointIO(on_error="warn")
-        ],  # what it means is for `Checkpoints` to say, on all ranks
+            FolderCheckpointIO(on_error="warn", mapped=options.strategy == "fsdp"),
+            cluster_environment(),
+        ],
         default_root_dir=str(root),
         inference_mode=False,  # an inference tensor cached by a layer would break the next training step
-    )
-
-
-def _strategy(hardware: Hardware) -> Strategy:
-    backend = "nccl" if hardware.device.type == "cuda" else "gloo"
-    return DDPStrategy(
-        process_group_backend=backend, find_unused_parameters=False, gradient_as_bucket_view=True
     )
 
 

@@ -7,8 +7,10 @@ true divisor turned out to be and, in the same pass, clips them. Lightning has b
 ``accumulate_grad_batches`` and DDP by the world size, so the factor is
 ``world_size * accumulate * SCALE / supervised_tokens``.
 
-Besides DDP's own there is one small all-reduce per optimizer step: of the step's counts and, with them, whether any rank
-was asked to stop. What only the device knows, loss and gradient norm, is read once per step, together.
+Besides that of the gradients there is one small all-reduce per optimizer step: of the step's counts and, with them, whether
+any rank was asked to stop and, where gradients lie in shares, the squares that make up their norm. (In DDP's buckets the
+counts would be fp32, which holds whole numbers up to 2^24, divided by the world size, and gone where a hook compresses
+gradients.) What only the device knows, loss and gradient norm, is read once per step, together.
 """
 
 from __future__ import annotations
@@ -30,8 +32,11 @@ from lmlab.generation.samplers import SamplerConfig
 from lmlab.generation.text import TextGenerator
 from lmlab.models.head import LossConfig, loss_sum
 from lmlab.models.memory import MemoryMeter
+from lmlab.models.sharding import sharded_loss_sum, shares
+from lmlab.modes import is_sharded
 from lmlab.records import PackedBatch, RunFailedError
 from lmlab.training.options import OptimConfig
+from lmlab.training.strategy import ShardedStrategy
 
 MAX_OVERFLOWS = (
     30  # in a row: a loss scale of 65,536 is down to 1e-4 by then, so the gradient itself is broken
@@ -126,13 +131,23 @@ class CausalLMModule(LightningModule):
         self._trainable = [p for p in model.parameters() if p.requires_grad]
         self.on_metrics: Callable[[dict[str, float]], None] = lambda values: None
 
+    def configure_model(self) -> None:
+        """Where the strategy shards, parameters are others from here on."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            strategy.shard(self.model)
+            self._trainable = [p for p in self.model.parameters() if p.requires_grad]
+
+    def _total(self, batch: PackedBatch, *loss: LossConfig) -> torch.Tensor:
+        return (sharded_loss_sum if is_sharded(self.model) else loss_sum)(self.model, batch, *loss)
+
     # --- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: PackedBatch, batch_index: int) -> torch.Tensor:
         """Scaled loss sum of one micro-batch; see the module docstring for who divides it."""
         if self.measure_memory:
             self.meter.start("forward")
-        total = loss_sum(self.model, batch, self.loss)
+        total = self._total(batch, self.loss)
         of_batch = (len(batch.supervised_index), batch.num_tokens, _context_sum(batch))
         self._counts = [count + more for count, more in zip(self._counts, of_batch, strict=True)]
         loss_sum_ = total.detach().double()
@@ -156,14 +171,14 @@ class CausalLMModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Divide by the supervised tokens of the whole step, clip by the global norm; stop or skip if it is not finite."""
-        loss, supervised, tokens, context = self._step_counts()
+        gradients = shares(p.grad for p in self._trainable if p.grad is not None)
+        loss_sum, raw, supervised, tokens, context = self._over_ranks(
+            torch.nn.utils.get_total_norm(gradients)
+        )
         batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
         # A step without any supervised token has zeros.
         factor = batches * SCALE / max(1.0, supervised)
-        gradients = [p.grad for p in self._trainable if p.grad is not None]
-        raw = torch.nn.utils.get_total_norm(gradients)
-        loss_sum, norm = torch.stack([loss, raw.to(loss)]).tolist()
-        norm *= factor
+        norm = raw * factor
         if math.isfinite(norm) and math.isfinite(loss_sum):
             self._overflows = 0
             self._finite_loss = loss_sum / max(1.0, supervised)
@@ -182,22 +197,31 @@ class CausalLMModule(LightningModule):
             optimizer.param_groups[0]["lr"]
         )  # the schedule moves on before the batch's last hook
 
-    def _step_counts(self) -> tuple[torch.Tensor, float, float, float]:
-        """Loss sum (still on the device), supervised tokens, tokens and context of the step over all ranks; begins anew."""
+    def _over_ranks(self, norm: torch.Tensor) -> tuple[float, float, float, float, float]:
+        """Loss sum, gradient norm, supervised tokens, tokens and context of the step over all ranks; begins anew.
+
+        Args:
+            norm: of this rank's gradients, which are everybody's or, of a sharded model, its share of them.
+        """
         loss, (supervised, tokens, context) = self._loss_sum, self._counts
         assert loss is not None
         self._loss_sum, self._counts = None, [0.0, 0.0, 0.0]
         if self.trainer.world_size == 1:
             self.agreed_signal = self.caught_signal
-            return loss, supervised, tokens, context
+            total, norm_ = torch.stack([loss, norm.to(loss)]).tolist()
+            return total, norm_, supervised, tokens, context
         asked = [float(self.caught_signal == number) for number in STOP_SIGNALS]
-        window = torch.tensor([0.0, supervised, tokens, context, *asked], dtype=torch.float64)
+        window = torch.tensor([0.0, 0.0, supervised, tokens, context, *asked], dtype=torch.float64)
         window = window.to(loss.device, non_blocking=True)
+        in_shares = is_sharded(self.model)
         window[0] = loss
+        if in_shares:
+            window[1] = norm.double().square()
         dist.all_reduce(window)
-        _, supervised, tokens, context, *askers = window.tolist()
+        window[1] = window[1].sqrt() if in_shares else norm
+        total, norm_, supervised, tokens, context, *askers = window.tolist()
         self.agreed_signal = next((n for n, count in zip(STOP_SIGNALS, askers, strict=True) if count), 0)
-        return window[0], supervised, tokens, context
+        return total, norm_, supervised, tokens, context
 
     def _scaler(self) -> Any:
         return getattr(self.trainer.precision_plugin, "scaler", None)
@@ -264,7 +288,7 @@ class CausalLMModule(LightningModule):
 
     def validation_step(self, batch: PackedBatch, batch_index: int) -> None:
         """Add up negative log-likelihood and tokens; division comes after all batches of all ranks."""
-        self._val_nll.update(loss_sum(self.model, batch).double())
+        self._val_nll.update(self._total(batch).double())
         self._val_tokens.update(float(len(batch.supervised_index)))
 
     def on_validation_epoch_end(self) -> None:
@@ -323,7 +347,10 @@ class SFTModule(CausalLMModule):
     """The response is trained, the prompt masked; validation can also generate and compare texts."""
 
     def text_metrics(self) -> dict[str, float]:
-        """Generate for the first validation prompts, each on one rank, and compare with their references."""
+        """Generate for the first validation prompts, each on one rank, and compare with their references.
+
+        A sharded model generates all of them on all ranks, which measure a part each.
+        """
         about = self.validation
         if not about.metrics or about.generator is None or about.sampler is None:
             return {}
@@ -331,12 +358,15 @@ class SFTModule(CausalLMModule):
         self.meter.start("generate")
         for name, config in about.metrics.items():
             metric = config.build().to(self.device)
-            chosen = range(
-                self.global_rank, min(config.max_examples, len(about.prompts)), self.trainer.world_size
-            )
+            count = min(config.max_examples, len(about.prompts))
+            mine = range(self.global_rank, count, self.trainer.world_size)
+            chosen = range(count) if is_sharded(self.model) else mine
             sampler = about.sampler.model_copy(update={"max_new_tokens": config.max_new_tokens})
             texts = about.generator([about.prompts[i] for i in chosen], sampler=sampler, seeds=list(chosen))
-            metric.update([text.text for text in texts], [about.references[i] for i in chosen])
+            own = [
+                (text.text, about.references[i]) for i, text in zip(chosen, texts, strict=True) if i in mine
+            ]
+            metric.update([text for text, _ in own], [reference for _, reference in own])
             values[f"val/{name}"] = float(metric.compute())
         return values
 

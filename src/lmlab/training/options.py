@@ -113,6 +113,7 @@ class TrainerConfig(Config):
         max_steps: where training ends; null if max_epochs says it.
         max_epochs: passes over the training rows, turned into steps at the start; null if max_steps says it.
         batch_size: examples (or packed rows, or windows) per device and micro-batch.
+        strategy: of several ranks: ``ddp`` (and ``auto``) has the model whole on each, ``fsdp`` a share of it.
         precision: of matrix products; weights that are trained stay fp32.
         on_nonfinite: a loss or gradient that is not finite stops the run before the update, or that update is skipped.
         max_nonfinite_steps: of updates skipped so, the run stops at the next.
@@ -129,7 +130,7 @@ class TrainerConfig(Config):
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: int = Field(ge=1)
     num_nodes: int = Field(ge=1)
-    strategy: Literal["auto", "ddp"]
+    strategy: Literal["auto", "ddp", "fsdp"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     gradient_clip_val: float | None = Field(gt=0)
     val_every_n_steps: int = Field(ge=1)
