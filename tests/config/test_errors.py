@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from lmlab.config.compose import CONF, refuse_secrets
+from lmlab.config.compose import CONF
 from lmlab.config.errors import combined, known_keys
+from lmlab.config.plaintext import refuse_secrets
 from lmlab.records import RefusedError, UserError
 
 from .conftest import CommandLine, Compose

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmlab.config.errors import UNKNOWN_KEY, combined, hydra_error, unknown_key, validation_problems
+from lmlab.config.plaintext import refuse_secrets, without_secrets
 from lmlab.journal import RunDir, beside
 from lmlab.records import UserError
 from lmlab.registry import load_plugins, suggest
@@ -29,13 +29,6 @@ NO_EFFECT_ON_RESULT = (
     "logger",
     "launcher",
     "hparams_search",
-)
-
-_SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd"}
-_SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask"}  # bos_token and the like are no secrets
-_SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN")
-_KNOWN_SECRETS = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v1_[A-Za-z0-9_]{16,}|(ghp|github_pat)_[A-Za-z0-9_]{16,})"
 )
 
 
@@ -106,7 +99,7 @@ def _check_command_line(arguments: Sequence[str]) -> Any:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            refuse(_KNOWN_SECRETS.sub("***", f"cannot read '{text}', {reason}"))
+            refuse(without_secrets(f"cannot read '{text}', {reason}"))
             raise
         key, value = override.key_or_group, override.value()
         if not key:
@@ -323,37 +316,6 @@ def fingerprint(config: Any) -> str:
     """Hash of every value that can change a result."""
     values = {k: v for k, v in config.model_dump(mode="json").items() if k not in NO_EFFECT_ON_RESULT}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def refuse_secrets(values: Any, path: str = "") -> None:
-    """Refuse a literal secret: config.yaml, W&B and checkpoints would all carry it.
-
-    A value is one if it has the shape of a known token, is what WANDB_API_KEY or HF_TOKEN hold, or stands under a
-    key one of whose words is key, token, secret or password (eos_token and its like aside) and is not empty.
-
-    Raises:
-        UserError: names the key, never the value.
-    """
-    if isinstance(values, Mapping):
-        for key, value in values.items():
-            refuse_secrets(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(values, list):
-        for index, value in enumerate(values):
-            refuse_secrets(value, f"{path}[{index}]")
-    elif isinstance(values, str) and values:
-        words = set(re.split(r"[^a-z]+", path.rsplit(".", 1)[-1].lower()))
-        special_token = "token" in words and words & _SPECIAL_TOKENS
-        ours = [os.environ.get(name, "") for name in _SECRET_VARIABLES]
-        if (
-            _KNOWN_SECRETS.search(values)
-            or (words & _SECRET_WORDS and not special_token)
-            or any(len(secret) >= 8 and secret in values for secret in ours)
-        ):
-            raise UserError(
-                "a secret in the configuration",
-                where=path,
-                fix="put it in .env (see .env.example) and leave it out of the command line",
-            )
 
 
 def dump_yaml(config: Any) -> str:
