@@ -97,7 +97,7 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     ("data.val_fraction=1",): ("data.val_fraction", ["1", "less than 1"]),
     ("seed=abc",): ("seed", ["'abc'", "integer"]),
     ("run_name=17",): ("run_name", ["17", "quote the number"]),
-    ("launcher=3",): ("launcher", ["3", "group of keys"]),
+    ("checkpoint=3",): ("checkpoint", ["3", "group of keys"]),
     ("plugins=foo",): ("plugins", ["'foo'", "must be a valid list"]),
     # values that are not there
     ("optim.lr=${nope}",): ("optim.lr", ["'nope' not found"]),
