@@ -327,7 +327,7 @@ def test_the_page_is_whole(ablation: list[Entry], tmp_path: Path) -> None:
     refused = Entry("adapter=none quant=nf4 seed=1", None, "refused: a trainable base keeps its own dtype")
     page = Page(write_comparison(tmp_path, [*ablation, refused], title="a sweep").read_text(encoding="utf-8"))
     text = " ".join(page.words.split())
-    for said in ("6 finished, 1 refused; 2 groups", "1.2001.000 to 1.400",
+    for said in ("6 finished, 1 refused; 2 groups", "1.2001.000–1.400",
                  "a trainable base keeps its own dtype", "Differences to adapter=none", "2 k tokens", "none says 20",
                  "lora says 20", "10 seconds of training", "5.00%", "The 3 settings that all have alike"):  # fmt: skip
         assert said in text, said

@@ -143,7 +143,7 @@ def _settings(made: Sequence[Group]) -> list[tuple[str, list[str], bool]]:
     return sorted(rows, key=lambda row: not row[2])
 
 
-def _cell(spread: Spread | None, show: Any, *, best: bool = False) -> dict[str, Any]:
+def _cell(spread: Spread | None, show: Any, *, best: bool = False, between: str = "–") -> dict[str, Any]:
     if spread is None:
         return {"value": "", "text": "–", "range": "", "best": False}
     low, high = show(spread.low), show(spread.high)
@@ -151,7 +151,7 @@ def _cell(spread: Spread | None, show: Any, *, best: bool = False) -> dict[str, 
     return {
         "value": spread.mean,
         "text": show(spread.mean),
-        "range": "" if low == high else f"{low} to {high}",
+        "range": "" if low == high else f"{low}{between}{high}",
         "best": best,
     }
 
@@ -195,7 +195,10 @@ def paired_table(made: Sequence[Group], base: Group | None) -> dict[str, Any]:
         mine = [(measure, pairs[group.place, measure.key]) for measure in measures]
         seeds = sorted({seed for _, pair in mine for seed in pair.differences})
         alone = sorted({seed for _, pair in mine for seed in pair.alone})
-        cells = [_cell(pair.spread, lambda value, m=measure: _signed(m, value)) for measure, pair in mine]
+        cells = [
+            _cell(pair.spread, lambda value, m=measure: _signed(m, value), between=" to ")
+            for measure, pair in mine
+        ]
         if seeds:
             rows.append((group, seeds, alone, cells))
     return {"columns": [measure.title for measure in measures], "rows": rows}
