@@ -172,6 +172,7 @@ def test_more_groups_than_colours(tmp_path: Path) -> None:
 # --- pairs, budgets, curves -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_differences_are_paired_by_seed_and_a_missing_one_is_said(ablation: list[Entry]) -> None:
     none, lora = groups_of(ablation)
     pairs = claims.paired(lora, none, "best")
@@ -298,6 +299,7 @@ def test_quality_is_judged_by_the_range_of_full_fine_tuning(tmp_path: Path) -> N
         assert verdicts(made)["val/loss"] == verdict
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_claims_that_cannot_be_told(tmp_path: Path) -> None:
     one = verdicts(pair_of(tmp_path / "one", seeds=1))
     assert (one["peak memory"], one["val/loss"], one["trained parameters"]) == (
@@ -325,7 +327,10 @@ def test_bits_are_held_against_their_format(tmp_path: Path, quant: str, bits: fl
 
 def test_the_page_is_whole(ablation: list[Entry], tmp_path: Path) -> None:
     refused = Entry("adapter=none quant=nf4 seed=1", None, "refused: a trainable base keeps its own dtype")
-    page = Page(write_comparison(tmp_path, [*ablation, refused], title="a sweep").read_text(encoding="utf-8"))
+    html = write_comparison(tmp_path, [*ablation, refused], title="a sweep").read_text(encoding="utf-8")
+    assert "http" not in html.replace("http-equiv", "")
+    assert "#0a0b" not in html, "a colour that is not the page's"
+    page = Page(html)
     text = " ".join(page.words.split())
     for said in ("6 finished, 1 refused; 2 groups", "1.2001.000–1.400",
                  "a trainable base keeps its own dtype", "Differences to adapter=none", "2 k tokens", "none says 20",
@@ -347,6 +352,7 @@ def test_the_page_is_whole(ablation: list[Entry], tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["report.html"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_only_the_sorting_script_may_run(ablation: list[Entry]) -> None:
     html = render(ablation, title="a sweep")
     scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
@@ -354,8 +360,6 @@ def test_only_the_sorting_script_may_run(ablation: list[Entry]) -> None:
     digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
     policy = next(attrs["content"] for _, attrs in Page(html).tags if attrs.get("http-equiv"))
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    assert "http" not in html.replace("http-equiv", "")
-    assert "#0a0b" not in html
 
 
 def test_names_and_samples_are_text(tmp_path: Path) -> None:
@@ -379,6 +383,7 @@ def test_names_and_samples_are_text(tmp_path: Path) -> None:
     assert "␛[31m\\u202e" in page.words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_links_lead_to_the_runs_own_pages(tmp_path: Path) -> None:
     run = small_run(tmp_path / "sweep" / "0-a b#?%<é")
     (run / "report.html").write_text("x", encoding="utf-8")
@@ -411,6 +416,7 @@ def test_nothing_to_compare_makes_a_page_too() -> None:
         assert "None of these runs left anything to compare." in page_of(entries).words
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_run_only(tmp_path: Path) -> None:
     page = page_of([Entry("alone", small_run(tmp_path / "a"))])
     assert "One seed: differences may be chance" in page.words
@@ -481,6 +487,7 @@ def test_values_of_the_wrong_kind_do_not_stop_the_page(
         page_of(ablation)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_baseline_can_be_named(ablation: list[Entry]) -> None:
     assert "Differences to adapter=lora" in page_of(ablation, baseline="adapter=lora").words
     with pytest.raises(
