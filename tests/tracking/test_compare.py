@@ -268,11 +268,11 @@ def test_claims_that_hold(tmp_path: Path) -> None:
     assert numbers["trained parameters"] == "50 of 1,000 trained: 5.00%"
     assert (
         numbers["peak memory"]
-        == "1.000 GB against 2.000 GB, 0.50 times as much; 3 pairs differ by -1 GB (-1 to -1)"
+        == "1.000 GB against 2.000 GB, 0.50 times as much; 3 pairs differ by -1.00 GB (-1.00 to -1.00)"
     )
     assert numbers["memory growth"].startswith("0.5000 GB against 1.500 GB, 0.33 times as much")
     assert numbers["val/loss"] == (
-        "1.100 against 1.100; 3 pairs differ by +0 (+0 to +0); full fine-tuning's range over 3 seeds is 0.2000"
+        "1.100 against 1.100; 3 pairs differ by +0.00 (+0.00 to +0.00); full fine-tuning's range over 3 seeds is 0.2000"
     )
     assert list(numbers) == [
         "trained parameters",
@@ -297,6 +297,13 @@ def test_quality_is_judged_by_the_range_of_full_fine_tuning(tmp_path: Path) -> N
     for place, (away, verdict) in enumerate(((0.19, "holds"), (0.21, "does not hold"), (-0.5, "holds"))):
         made = pair_of(tmp_path / str(place), losses=lambda s, away=away: {0: 4.0, 20: 0.9 + s / 10 + away})
         assert verdicts(made)["val/loss"] == verdict
+
+
+def test_pairs_that_disagree_refute_nothing(tmp_path: Path) -> None:
+    made = pair_of(tmp_path, losses=lambda s: {0: 4.0, 20: 0.9 + s / 10 + (1.0 if s == 1 else 0.0)})
+    found = claims.claims(groups_of(made))
+    loss = next(claim for claim in found if claim.about == "val/loss")
+    assert (loss.verdict, "differ by +0.333" in loss.numbers) == ("cannot be told", True)
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -414,6 +421,16 @@ def test_jobs_without_a_run_are_rows_with_their_reasons(tmp_path: Path) -> None:
 def test_nothing_to_compare_makes_a_page_too() -> None:
     for entries in ([], [Entry("a", None, "refused: no")]):
         assert "None of these runs left anything to compare." in page_of(entries).words
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_groups_that_cannot_be_told_apart_are_named(tmp_path: Path) -> None:
+    made = [Entry(f"{kind} seed={seed}", small_run(tmp_path / f"{kind}-{seed}", adapter=kind, quant="nf4", seed=seed, losses={0: 4.0, 20: 1.0 * seed}))
+            for kind in ("lora", "qlora") for seed in (1, 2)]  # fmt: skip
+    assert (
+        "lora and qlora have the same val/loss for every seed: their curves lie on one another."
+        in page_of(made).words
+    )
 
 
 @pytest.mark.usefixtures("undrawn")

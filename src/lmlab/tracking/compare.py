@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
+import itertools
 import os
 import urllib.parse
 from collections.abc import Sequence
@@ -127,6 +128,10 @@ def _notices(made: Sequence[Group], results: Sequence[Result]) -> list[str]:
     if grey:
         notices.append(f"{grey} of {len(made)} groups are drawn in grey and have no samples or plots of memory here: "
                        f"those with the highest best val/loss.")  # fmt: skip
+    for first, second in itertools.combinations([group for group in made if group.by_seed("val/loss")], 2):
+        if first.by_seed("val/loss") == second.by_seed("val/loss"):
+            notices.append(f"{first.label} and {second.label} have the same val/loss for every seed: their curves "
+                           "lie on one another.")  # fmt: skip
     seeds = {seed for group in made for seed in group.seeds}
     if made and len(seeds) < 2:
         notices.append("One seed: differences may be chance, there is no spread to judge them by.")
@@ -177,8 +182,8 @@ def summary_table(made: Sequence[Group]) -> dict[str, Any]:
 
 def _signed(measure: Measure, value: float) -> str:
     if measure.key == "exact_match":
-        return f"{100 * value:+.1f} points"
-    return f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
+        return f"{100 * value:+.1f}"
+    return f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+#.3g}"
 
 
 def paired_table(made: Sequence[Group], base: Group | None) -> dict[str, Any]:
@@ -201,7 +206,8 @@ def paired_table(made: Sequence[Group], base: Group | None) -> dict[str, Any]:
         ]
         if seeds:
             rows.append((group, seeds, alone, cells))
-    return {"columns": [measure.title for measure in measures], "rows": rows}
+    titles = [f"{m.title}, points" if m.key == "exact_match" else m.title for m in measures]
+    return {"columns": titles, "rows": rows}
 
 
 def _budgets(made: Sequence[Group]) -> dict[str, Any]:
