@@ -299,6 +299,16 @@ def test_quality_is_judged_by_the_range_of_full_fine_tuning(tmp_path: Path) -> N
         assert verdicts(made)["val/loss"] == verdict
 
 
+def test_of_several_learning_rates_the_best_is_compared(tmp_path: Path) -> None:
+    ends = {("none", 0.1): 1.0, ("none", 0.2): 0.5, ("lora", 0.1): 0.7, ("lora", 0.2): 3.0}
+    made = [Entry(f"{kind} {lr} seed={seed}", small_run(tmp_path / f"{kind}{lr}{seed}", adapter=kind, seed=seed, optim={"lr": lr}, losses={0: 4.0, 20: end + seed / 100}))
+            for (kind, lr), end in ends.items() for seed in (1, 2)]  # fmt: skip
+    found = [claim for claim in claims.claims(groups_of(made)) if claim.about == "val/loss"]
+    assert [(claim.group.label, claim.numbers[:40]) for claim in found] == [
+        ("lora 0.1", "0.7150 against 0.5150; 2 pairs differ by")
+    ]
+
+
 def test_pairs_that_disagree_refute_nothing(tmp_path: Path) -> None:
     made = pair_of(tmp_path, losses=lambda s: {0: 4.0, 20: 0.9 + s / 10 + (1.0 if s == 1 else 0.0)})
     found = claims.claims(groups_of(made))

@@ -2,15 +2,16 @@
 
 Hu et al. 2021 (LoRA, arXiv 2106.09685) and Dettmers et al. 2023 (QLoRA, arXiv 2305.14314): a small share of the
 parameters trained, less memory, quality as good, the base in as few bits as its format says. Runs are compared that
-share everything but adapter, storage and optimizer, in pairs of one seed. With three seeds no test of significance
+share everything but adapter, storage and optimizer (each at its best of those), in pairs of one seed. With three seeds no test of significance
 means much, so the criteria are plain ones and stand beside each verdict.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lmlab.tracking.groups import MEASURES, Group, Spread
 from lmlab.tracking.values import aligned
@@ -74,35 +75,56 @@ def paired(group: Group, baseline: Group, figure: str) -> Paired:
 def claims(groups: Sequence[Group]) -> list[Claim]:
     """Every claim that these groups allow to be checked, ordered by what it is about."""
     found: list[Claim] = []
-    for group in groups:
-        if not group.finished:
-            continue
-        kind = group.settings.get("adapter/kind")
-        full = full_tuning(group, groups) if kind in ("lora", "qlora") else None
+    compared = _best_optimized(groups)
+    for group in filter(_adapted, compared):
+        full = full_tuning(group, compared)
         if full is not None:
             found += [_trained(group, full), _memory("peak memory", "peak", group, full)]
             found += [_memory("memory growth", "growth", group, full), _loss(group, full)]
             found += _matches(group, full)
-        if kind in ("lora", "qlora"):
-            found += _bits(group)
+        found += _bits(group)
     order = list(CRITERIA)
     return sorted(found, key=lambda claim: order.index(claim.about))
 
 
-def full_tuning(group: Group, groups: Sequence[Group]) -> Group | None:
+def full_tuning(group: Group, compared: Sequence[Group]) -> Group | None:
     """The full fine-tuning that shares all but adapter, storage and optimizer with ``group``."""
-
-    def rest(of: Group) -> dict[str, object]:
-        return {key: value for key, value in of.settings.items() if not key.startswith(_VARIED)}
-
-    return next((other for other in groups if other.settings.get("adapter/kind") == "none"
-                 and other.finished and rest(other) == rest(group)), None)  # fmt: skip
+    for other in compared:
+        full = other.settings.get("adapter/kind") == "none"
+        if full and _without(other, *_VARIED) == _without(group, *_VARIED):
+            return other
+    return None
 
 
 def without_full_tuning(groups: Sequence[Group]) -> list[Group]:
-    """Finished groups with an adapter that have nothing to be compared with."""
-    adapted = [g for g in groups if g.finished and g.settings.get("adapter/kind") in ("lora", "qlora")]
-    return [group for group in adapted if full_tuning(group, groups) is None]
+    """Groups with an adapter that have nothing to be compared with."""
+    compared = _best_optimized(groups)
+    return [group for group in filter(_adapted, compared) if full_tuning(group, compared) is None]
+
+
+def _adapted(group: Group) -> bool:
+    return group.settings.get("adapter/kind") in ("lora", "qlora")
+
+
+def _without(group: Group, *prefixes: str) -> dict[str, Any]:
+    return {key: value for key, value in group.settings.items() if not key.startswith(prefixes)}
+
+
+def _best_optimized(groups: Sequence[Group]) -> list[Group]:
+    """Of finished groups that differ in nothing but the optimizer the one with the lowest best val/loss.
+
+    An adapter wants another learning rate than full fine-tuning, so each is taken at its best.
+    """
+    chosen: list[Group] = []
+    for group in sorted((g for g in groups if g.finished), key=_best_loss):
+        if not any(_without(group, "optim/") == _without(other, "optim/") for other in chosen):
+            chosen.append(group)
+    return sorted(chosen, key=lambda group: group.place)
+
+
+def _best_loss(group: Group) -> float:
+    best = group.spread("best")
+    return best.mean if best else math.inf
 
 
 def _show(figure: str) -> Callable[[float], str]:
