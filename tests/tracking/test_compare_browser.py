@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_compare import small_run
+from pages import small_run
 
 from lmlab.tracking.compare import write_comparison
 from lmlab.tracking.groups import Entry
