@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from lmlab.config.compose import CONF, dump_yaml, fingerprint, load_frozen, to_run_config
-from lmlab.records import UserError
+from lmlab.records import RefusedError, UserError
 
 from .conftest import Compose
 
@@ -232,3 +233,23 @@ def test_the_width_of_the_model_decides_about_a_cpu_s_bf16(
     monkeypatch.setattr(hardware, "_has_amx", lambda: True)
     config = run_config(f"model={model}", "tokenizer=bpe", "trainer.accelerator=cpu")
     assert device_and_precision(config) == ("cpu", precision)
+
+
+def test_the_ablation_has_what_its_claims_need(run_config: Compose) -> None:
+    file = CONF / "experiment" / "ablate_adapters.yaml"
+    swept = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"]
+    assert list(swept) == ["adapter", "quant", "seed"]
+    assert len(swept["seed"].split(",")) >= 3, "a spread wants three seeds"
+    trained = []
+    for adapter in swept["adapter"].split(","):
+        for quant in swept["quant"].split(","):
+            with contextlib.suppress(RefusedError):  # a row of the sweep, not a failure
+                config = run_config("experiment=ablate_adapters", f"adapter={adapter}", f"quant={quant}")
+                trained.append((config.adapter.kind, config.quant.kind))
+    assert trained == [
+        ("none", "none"),
+        ("lora", "none"),
+        ("lora", "int8"),
+        ("lora", "nf4"),
+        ("qlora", "nf4"),
+    ]

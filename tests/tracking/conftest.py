@@ -1,10 +1,15 @@
-"""A data report and a mask preview as a run leaves them, with texts that must be neither obeyed nor lost."""
+"""What runs leave: a data report and a mask preview with texts that must be neither obeyed nor lost, and a small ablation."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import small_run
+
+from lmlab.tracking import group_plots, plots
+from lmlab.tracking.groups import Entry
 
 HOSTILE = '<script>alert(1)</script> & "q" [bold red]not markup[/] \x1b[31mred\x07 \u202eturned\u202c שלום 😀'
 
@@ -58,3 +63,25 @@ def examples() -> list[dict[str, Any]]:
         }
         for where, spans, cut in texts
     ]
+
+
+@pytest.fixture
+def ablation(tmp_path: Path) -> list[Entry]:
+    """none on seeds 1 to 3, lora on 1, 2, 4: losses, tokens and memory chosen so that a head can do the sums."""
+    made = []
+    for adapter, seed, end in (("none", 1, 1.0), ("none", 2, 1.2), ("none", 3, 1.4), ("lora", 1, 1.1), ("lora", 2, 1.4), ("lora", 4, 9.0)):  # fmt: skip
+        lora = adapter == "lora"
+        folder = small_run(
+            tmp_path / f"{adapter}-{seed}", adapter=adapter, seed=seed, losses={0: 4.0, 10: 2.0, 20: end}, matches={20: 0.5 + seed / 10},
+            rate=150.0 if lora else 100.0, flops=1e6 if lora else 2e6, speed=300.0 if lora else 100.0,
+            peak=1.2 if lora else 1.5 + seed / 100, trained=50 if lora else 1000,
+        )  # fmt: skip
+        made.append(Entry(f"adapter={adapter} seed={seed}", folder))
+    return made
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the slow part, for tests that are about something else."""
+    for module in (plots, group_plots):
+        monkeypatch.setattr(module, "draw", lambda panel: "<svg></svg>")

@@ -10,7 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
+
 from lmlab.records import Sample
+from lmlab.tracking.compare import render
+from lmlab.tracking.groups import Entry, Group, grouped, read_result
 
 HOSTILE = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)> & "quoted"'
 VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
@@ -160,3 +164,59 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+Losses = dict[int, float]
+
+
+def small_run(
+    folder: Path, *, adapter: str = "none", quant: str = "none", seed: int = 1, losses: Losses | None = None,
+    matches: Losses | None = None, rate: float = 100.0, flops: float = 1e6, speed: float = 1000.0, peak: float = 1.5,
+    base: float | None = 0.5, trained: int = 1000, bits: float = 32.0, status: str = "finished", **more: Any,
+) -> Path:  # fmt: skip
+    """A run of 20 steps, logged every 10: ``rate`` tokens and ``flops`` a step, ``speed`` tokens a second."""
+    folder.mkdir(parents=True)
+    losses = {0: 4.0, 10: 2.0, 20: 1.0} if losses is None else losses
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "time": 3.0, "memory/load/peak_gb": 0.9, "memory/load/planned_gb": 1.0}
+    ]
+    rows += [{"step": 0, "time": 4.0, "val/loss": losses[0]}] if 0 in losses else []
+    for step in (10, 20):
+        done = {"train/tokens": rate * step, "train/flops": flops * step, "perf/tokens_per_second": speed}
+        rows.append({"step": step, "time": 4.0 + step, "train/loss": 5.0 / step, "memory/backward/peak_gb": peak,
+                     "memory/backward/planned_gb": 1.4, **done})  # fmt: skip
+        if step in losses:
+            rows.append({"step": step, "time": 4.5 + step, "val/loss": losses[step]})
+        if matches and step in matches:
+            rows[-1]["val/exact_match"] = matches[step]
+    write_lines(folder / "metrics.jsonl", rows)
+    config: dict[str, Any] = {
+        "task": "sft",
+        "seed": seed,
+        "run_name": folder.name,
+        "output_root": str(folder.parent),
+    }
+    config |= {
+        "adapter": {"kind": adapter},
+        "quant": {"kind": quant},
+        "optim": {"lr": 0.001},
+        "logger": {"group": folder.name},
+    }
+    config["adapter"] |= {"rank": 8} if adapter != "none" else {}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | more, allow_unicode=True), encoding="utf-8")
+    summary = {"status": status, "exit_code": 0 if status == "finished" else 1, "best/val_loss": min(losses.values(), default=None),
+               "model/params_trainable": trained, "model/base_bits_per_param": bits, "memory/peak_gb": peak}  # fmt: skip
+    write_json(folder / "summary.json", summary | ({} if base is None else {"memory/base_gb": base}))
+    samples = [
+        Sample(step, 0, "2 + 2 =", "greedy", 0, f"{adapter} says {step}", 3, "eos").row() for step in (0, 20)
+    ]
+    write_lines(folder / "samples.jsonl", samples)
+    return folder
+
+
+def groups_of(entries: list[Entry]) -> list[Group]:
+    return grouped(read_result(entry) for entry in entries)
+
+
+def page_of(entries: list[Entry], **options: Any) -> Page:
+    return Page(render(entries, title="a sweep", **options))

@@ -25,12 +25,6 @@ def page_of(run_dir: Path) -> Page:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the slow part, for tests that are about something else."""
-    monkeypatch.setattr(plots, "draw", lambda panel: "<svg></svg>")
-
-
-@pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     return write_run(tmp_path / "adapter-qlora-a1b2")
 

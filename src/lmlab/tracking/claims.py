@@ -2,15 +2,16 @@
 
 Hu et al. 2021 (LoRA, arXiv 2106.09685) and Dettmers et al. 2023 (QLoRA, arXiv 2305.14314): a small share of the
 parameters trained, less memory, quality as good, the base in as few bits as its format says. Runs are compared that
-share everything but adapter, storage and optimizer, in pairs of one seed. With three seeds no test of significance
+share everything but adapter, storage and optimizer (each at its best of those), in pairs of one seed. With three seeds no test of significance
 means much, so the criteria are plain ones and stand beside each verdict.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lmlab.tracking.groups import MEASURES, Group, Spread
 from lmlab.tracking.values import aligned
@@ -27,9 +28,9 @@ CRITERIA = {
     "trained parameters": "holds if the adapter trains fewer parameters than full fine-tuning",
     "peak memory": "holds if every pair of one seed has the lower peak with the adapter, does not if none has; at least 2 pairs",
     "memory growth": "as peak memory, of what lies above Python and its libraries",
-    "val/loss": "holds if the mean paired difference of the best val/loss is at most full fine-tuning's range over its seeds; "
-    "at least 2 pairs",
-    "exact match": "the same of the last exact match: not lower by more than full fine-tuning's range",
+    "val/loss": "holds if the mean paired difference of the best val/loss is at most full fine-tuning's range over its "
+    "seeds, does not if it is more and every pair is worse; at least 2 pairs",
+    "exact match": "the same of the last exact match, where less is worse",
     "bits per parameter": f"holds if the base is stored in at most {BITS_TOLERANCE:.0%} more bits than its format's",
 }
 """About what -> when a claim of it holds."""
@@ -74,35 +75,56 @@ def paired(group: Group, baseline: Group, figure: str) -> Paired:
 def claims(groups: Sequence[Group]) -> list[Claim]:
     """Every claim that these groups allow to be checked, ordered by what it is about."""
     found: list[Claim] = []
-    for group in groups:
-        if not group.finished:
-            continue
-        kind = group.settings.get("adapter/kind")
-        full = full_tuning(group, groups) if kind in ("lora", "qlora") else None
+    compared = _best_optimized(groups)
+    for group in filter(_adapted, compared):
+        full = full_tuning(group, compared)
         if full is not None:
             found += [_trained(group, full), _memory("peak memory", "peak", group, full)]
             found += [_memory("memory growth", "growth", group, full), _loss(group, full)]
             found += _matches(group, full)
-        if kind in ("lora", "qlora"):
-            found += _bits(group)
+        found += _bits(group)
     order = list(CRITERIA)
     return sorted(found, key=lambda claim: order.index(claim.about))
 
 
-def full_tuning(group: Group, groups: Sequence[Group]) -> Group | None:
+def full_tuning(group: Group, compared: Sequence[Group]) -> Group | None:
     """The full fine-tuning that shares all but adapter, storage and optimizer with ``group``."""
-
-    def rest(of: Group) -> dict[str, object]:
-        return {key: value for key, value in of.settings.items() if not key.startswith(_VARIED)}
-
-    return next((other for other in groups if other.settings.get("adapter/kind") == "none"
-                 and other.finished and rest(other) == rest(group)), None)  # fmt: skip
+    for other in compared:
+        full = other.settings.get("adapter/kind") == "none"
+        if full and _without(other, *_VARIED) == _without(group, *_VARIED):
+            return other
+    return None
 
 
 def without_full_tuning(groups: Sequence[Group]) -> list[Group]:
-    """Finished groups with an adapter that have nothing to be compared with."""
-    adapted = [g for g in groups if g.finished and g.settings.get("adapter/kind") in ("lora", "qlora")]
-    return [group for group in adapted if full_tuning(group, groups) is None]
+    """Groups with an adapter that have nothing to be compared with."""
+    compared = _best_optimized(groups)
+    return [group for group in filter(_adapted, compared) if full_tuning(group, compared) is None]
+
+
+def _adapted(group: Group) -> bool:
+    return group.settings.get("adapter/kind") in ("lora", "qlora")
+
+
+def _without(group: Group, *prefixes: str) -> dict[str, Any]:
+    return {key: value for key, value in group.settings.items() if not key.startswith(prefixes)}
+
+
+def _best_optimized(groups: Sequence[Group]) -> list[Group]:
+    """Of finished groups that differ in nothing but the optimizer the one with the lowest best val/loss.
+
+    An adapter wants another learning rate than full fine-tuning, so each is taken at its best.
+    """
+    chosen: list[Group] = []
+    for group in sorted((g for g in groups if g.finished), key=_best_loss):
+        if not any(_without(group, "optim/") == _without(other, "optim/") for other in chosen):
+            chosen.append(group)
+    return sorted(chosen, key=lambda group: group.place)
+
+
+def _best_loss(group: Group) -> float:
+    best = group.spread("best")
+    return best.mean if best else math.inf
 
 
 def _show(figure: str) -> Callable[[float], str]:
@@ -155,7 +177,10 @@ def _quality(about: str, figure: str, sign: float, unit: str, group: Group, full
     if pairs.spread is None or len(pairs.differences) < 2:
         return Claim(about, group, "cannot be told", numbers)
     numbers += f"; full fine-tuning's range over {len(theirs.values)} seeds is {aligned(noise * scale)}{unit}"
-    return Claim(about, group, "holds" if sign * pairs.spread.mean <= noise else "does not hold", numbers)
+    if sign * pairs.spread.mean <= noise:
+        return Claim(about, group, "holds", numbers)
+    all_worse = all(sign * change > 0 for change in pairs.differences.values())
+    return Claim(about, group, "does not hold" if all_worse else "cannot be told", numbers)
 
 
 def _of_pairs(pairs: Paired, unit: str, scale: float = 1.0) -> str:
@@ -163,9 +188,9 @@ def _of_pairs(pairs: Paired, unit: str, scale: float = 1.0) -> str:
     if spread is None:
         return "; no seed finished in both"
     if len(pairs.differences) == 1:
-        return f"; one pair only, {spread.mean * scale:+.3g}{unit}"
-    return (f"; {len(pairs.differences)} pairs differ by {spread.mean * scale:+.3g}{unit} "
-            f"({spread.low * scale:+.3g} to {spread.high * scale:+.3g})")  # fmt: skip
+        return f"; one pair only, {spread.mean * scale:+#.3g}{unit}"
+    return (f"; {len(pairs.differences)} pairs differ by {spread.mean * scale:+#.3g}{unit} "
+            f"({spread.low * scale:+#.3g} to {spread.high * scale:+#.3g})")  # fmt: skip
 
 
 def _bits(group: Group) -> list[Claim]:

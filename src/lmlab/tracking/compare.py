@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
+import itertools
 import os
 import urllib.parse
 from collections.abc import Sequence
@@ -127,6 +128,10 @@ def _notices(made: Sequence[Group], results: Sequence[Result]) -> list[str]:
     if grey:
         notices.append(f"{grey} of {len(made)} groups are drawn in grey and have no samples or plots of memory here: "
                        f"those with the highest best val/loss.")  # fmt: skip
+    for first, second in itertools.combinations([group for group in made if group.by_seed("val/loss")], 2):
+        if first.by_seed("val/loss") == second.by_seed("val/loss"):
+            notices.append(f"{first.label} and {second.label} have the same val/loss for every seed: their curves "
+                           "lie on one another.")  # fmt: skip
     seeds = {seed for group in made for seed in group.seeds}
     if made and len(seeds) < 2:
         notices.append("One seed: differences may be chance, there is no spread to judge them by.")
@@ -143,7 +148,7 @@ def _settings(made: Sequence[Group]) -> list[tuple[str, list[str], bool]]:
     return sorted(rows, key=lambda row: not row[2])
 
 
-def _cell(spread: Spread | None, show: Any, *, best: bool = False) -> dict[str, Any]:
+def _cell(spread: Spread | None, show: Any, *, best: bool = False, between: str = "–") -> dict[str, Any]:
     if spread is None:
         return {"value": "", "text": "–", "range": "", "best": False}
     low, high = show(spread.low), show(spread.high)
@@ -151,7 +156,7 @@ def _cell(spread: Spread | None, show: Any, *, best: bool = False) -> dict[str, 
     return {
         "value": spread.mean,
         "text": show(spread.mean),
-        "range": "" if low == high else f"{low} to {high}",
+        "range": "" if low == high else f"{low}{between}{high}",
         "best": best,
     }
 
@@ -177,8 +182,8 @@ def summary_table(made: Sequence[Group]) -> dict[str, Any]:
 
 def _signed(measure: Measure, value: float) -> str:
     if measure.key == "exact_match":
-        return f"{100 * value:+.1f} points"
-    return f"{value:+,.0f}" if abs(value) >= 1000 else f"{value:+.3g}"
+        return f"{100 * value:+.1f}"
+    return f"{value:+,.0f}" if abs(value) >= 100 else f"{value:+#.3g}"
 
 
 def paired_table(made: Sequence[Group], base: Group | None) -> dict[str, Any]:
@@ -195,10 +200,14 @@ def paired_table(made: Sequence[Group], base: Group | None) -> dict[str, Any]:
         mine = [(measure, pairs[group.place, measure.key]) for measure in measures]
         seeds = sorted({seed for _, pair in mine for seed in pair.differences})
         alone = sorted({seed for _, pair in mine for seed in pair.alone})
-        cells = [_cell(pair.spread, lambda value, m=measure: _signed(m, value)) for measure, pair in mine]
+        cells = [
+            _cell(pair.spread, lambda value, m=measure: _signed(m, value), between=" to ")
+            for measure, pair in mine
+        ]
         if seeds:
             rows.append((group, seeds, alone, cells))
-    return {"columns": [measure.title for measure in measures], "rows": rows}
+    titles = [f"{m.title}, points" if m.key == "exact_match" else m.title for m in measures]
+    return {"columns": titles, "rows": rows}
 
 
 def _budgets(made: Sequence[Group]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def memory_panels(groups: Sequence[Group]) -> list[plots.Panel]:
         (max(bar.value, bar.planned or 0.0) for _, found in bars.values() for bar in found), default=0.0
     )
     return [
-        plots.Panel(f"memory_{place}", group.label, bars=found, top=reach or None)
+        plots.Panel(f"memory_{place}", group.label, bars=found, top=reach or None, colour=group.colour or 0)
         for place, (group, found) in bars.items()
     ]
 

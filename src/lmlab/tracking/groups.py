@@ -21,7 +21,7 @@ import yaml
 
 from lmlab.tracking import plots
 from lmlab.tracking.report import RunFiles, read_run, status
-from lmlab.tracking.values import aligned, as_written, duration, flatten
+from lmlab.tracking.values import aligned, as_written, flatten
 
 HOUSEKEEPING = ("run_name", "output_root", "resume", "overwrite", "logger/", "launcher/", "hparams_search/")
 """Settings that say where a run lies and who watches it; two runs that differ only in these are the same."""
@@ -232,7 +232,7 @@ MEASURES = (
     Measure("peak", "peak memory, GB", _peak, aligned, "lower"),
     Measure("growth", "memory growth, GB", _growth, aligned, "lower"),
     Measure("speed", "tokens/s", _speed, _rounded, "higher"),
-    Measure("wall", "wall time", lambda files, flat: wall_time(files.metrics), duration, "lower"),
+    Measure("wall", "wall time, s", lambda files, flat: wall_time(files.metrics), _rounded, "lower"),
 )
 
 
