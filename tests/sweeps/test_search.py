@@ -150,15 +150,26 @@ def test_a_larger_value_can_be_better(tmp_path: Path) -> None:
     ],
 )
 def test_each_end_of_a_job_is_told(tmp_path: Path, status: str, state: str, reason: str) -> None:
-    chosen = points(tmp_path / "s", n_trials=2)
-    job = begin(chosen, 0)
+    play(points(tmp_path / "s", n_trials=1))
+    chosen = points(tmp_path / "s", n_trials=3)
+    job = begin(chosen, 1)
     assert job is not None
     end(chosen, job, {}, status=status)
-    (trial,) = study_of(tmp_path / "s").trials
+    _, trial = study_of(tmp_path / "s").trials
     assert trial.state.name == state
     assert trial.user_attrs.get("reason", "").startswith(reason)
-    assert play(chosen, first=1) == 1, "what was interrupted keeps its place until the next start"
-    assert len(study_of(tmp_path / "s").trials) == 2
+    assert play(chosen, first=2) == 1, "what was interrupted keeps its place until the next start"
+    assert len(study_of(tmp_path / "s").trials) == 3
+
+
+def test_what_is_wrong_with_the_first_job_ends_the_search(tmp_path: Path) -> None:
+    chosen = points(tmp_path / "s", n_trials=3)
+    job = begin(chosen, 0)
+    assert job is not None
+    with pytest.raises(UserError, match=r"^no such file \(data.path\): give one$"):
+        end(chosen, job, {}, status="error: no such file (data.path): give one")
+    assert play(points(tmp_path / "s", n_trials=3)) == 3, "mended, the same three trials"
+    assert states(tmp_path / "s") == ["COMPLETE"] * 3
 
 
 def test_a_loss_that_is_no_number_is_a_failure(tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ class OptunaPoints:
         """Tell how the job ended; one that was interrupted stays open, for the next start.
 
         Raises:
-            UserError: a finished run has no such figure as an objective names.
+            UserError: a finished run has no such figure as an objective names; or the very first job could not start,
+                which is taken to be wrong with all of them. The trial stays open then.
         """
         opened = self._open.pop(job.number, None)
         if opened is None:
@@ -137,6 +138,10 @@ class OptunaPoints:
         if job.status in UNTOLD:
             self._interrupted.add(opened.trial.number)
             return
+        if job.status.startswith("error") and not any(
+            trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False)
+        ):
+            raise UserError(job.status.partition(": ")[2])
         if len(self.search.objectives) == 1:
             self._report(opened, job.run)
         state, values, reason = self._outcome(job)
