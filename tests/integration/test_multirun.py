@@ -18,6 +18,7 @@ import yaml
 
 from lmlab.journal import read_json
 from lmlab.sweeps.executors import WorkerTask
+from lmlab.sweeps.jobs import read_results
 
 from .conftest import ROOT, command
 
@@ -189,6 +190,32 @@ def test_jobs_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
     process.communicate()
     wait_for(lambda: read_json(folder / "summary.json").get("status") == "interrupted", 60)
     assert list(folder.glob("checkpoints/step-*"))
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on_to_exactly_its_trials(tmp_path: Path) -> None:
+    import optuna
+
+    told = [*TINY, *SHORT, "logger=none", f"output_root={tmp_path}", "run_name=tuned"]
+    told += ["hparams_search=optuna", "hparams_search.n_trials=4", "hparams_search.n_startup_trials=2"]
+    told += ["optim.lr=tag(log,interval(1e-4,1e-2))", "adapter.rank=choice(2,4)"]
+    process = begun(*told)
+    root = tmp_path / "sweeps" / "tuned"
+    finished = "finished"
+    wait_for(lambda: read_results(root / "results.csv").get(1, {}).get("status") == finished)
+    wait_for(lambda: read_results(root / "results.csv").get(2, {}).get("status") == "running")
+    process.kill()
+    process.communicate()
+    done = command("train.py", "-m", *told)
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in rows_of(root)] == [finished] * 4
+    study = optuna.load_study(study_name="tuned", storage=f"sqlite:///{root / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 4
+    losses = [read_json(Path(row["directory"]) / "summary.json")["best/val_loss"] for row in rows_of(root)]
+    assert [trial.value for trial in study.trials] == losses
+    best = yaml.safe_load((root / "best.yaml").read_text(encoding="utf-8"))["best"][0]
+    assert best["values"] == {"val/loss": min(losses)}
+    assert (root / "report.html").is_file()
 
 
 def test_jobs_print_into_their_own_directories(tmp_path: Path) -> None:

@@ -32,7 +32,14 @@ def sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Search:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored afterwards
     jobs: list[Job] = []
 
-    def run_jobs(points: OptunaPoints, *, compose: Callable[[Sequence[str]], Any], root: Path) -> int:
+    def run_jobs(
+        points: OptunaPoints,
+        *,
+        compose: Callable[[Sequence[str]], Any],
+        root: Path,
+        options: Any,
+        overwrite: bool,
+    ) -> int:
         while (job := begin(points, len(jobs))) is not None:
             jobs.append(job)
             try:

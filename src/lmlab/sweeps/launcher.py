@@ -253,9 +253,9 @@ class _Sweep:
         summary = read_json(job.run.summary)
         if job.status == "running":
             job.status = _status(code, str(summary.get("status")), job.run)
-        self.points.done(job)
         self.board.tell(job)
         self._write()
+        self.points.done(job)
 
     def _look_at_running(self) -> None:
         if time.monotonic() - self._asked < ASKED_EVERY:
@@ -277,7 +277,8 @@ class _Sweep:
                 if time.monotonic() > until:
                     handle.kill()
                 time.sleep(0.1)
-            self._end(job, code)
+            with contextlib.suppress(UserError):  # what was wrong for one of them has ended the sweep already
+                self._end(job, code)
         if isinstance(self.points, GridPoints):
             for number in range(len(self.jobs), len(self.points.jobs)):
                 left = self._kept(number) or self._job(number, list(self.points.jobs[number]))
