@@ -391,6 +391,28 @@ def test_forgetting_removes_later_steps_and_goes_on(run: RunDir) -> None:
     assert sorted(file.name for file in run.path.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
 
 
+def test_layers_have_a_file_once_they_have_a_line(run: RunDir) -> None:
+    run.path.mkdir(parents=True)
+    keeper = Journal(run)
+    assert not run.layers.exists()
+    for step in (1, 2, 3):
+        keeper.layers(
+            step, [{"layer": "a", "update_ratio": 0.5}, {"layer": "b", "update_ratio": float("nan")}]
+        )
+    keeper.forget_after(2)
+    keeper.layers(3, [{"layer": "a", "update_ratio": 0.7}])
+    keeper.close()
+    assert [(row["step"], row["layer"]) for row in rows(run.layers)] == [
+        (1, "a"),
+        (1, "b"),
+        (2, "a"),
+        (2, "b"),
+        (3, "a"),
+    ]
+    assert rows(run.layers)[1]["update_ratio"] == "nan"
+    assert keeper.latest == {}, "one layer's figure is not the run's"
+
+
 @pytest.mark.parametrize("torn", [b'{"step": 2, "x"', '{"step": 2, "x": "ä'.encode()[:-1], b"7\n", b"{}\n"])
 def test_a_torn_last_line_costs_that_line_only(run: RunDir, torn: bytes) -> None:
     run.path.mkdir(parents=True)

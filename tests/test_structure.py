@@ -17,12 +17,12 @@ SRC = ROOT / "src"
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [  # design.md section 2, bottom up; a row's members never import one another unless they may
-    {"records", "registry", "journal", "modes"},
+    {"records", "registry", "lines", "journal", "modes"},
     {"data", "tokenizers", "models", "generation", "tracking"},
     {"evaluation", "export"},
     {"training"},
     {"config"},
-    {"worker", "start", "checks", "sweeps", "assemble", "load", "session", "resume", "planning"},
+    {"worker", "start", "checks", "sweeps", "assemble", "load", "session", "resume", "planning", "reproduce"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIBLINGS = LAYERS[1] | LAYERS[2]  # never each other within their row

@@ -1,6 +1,7 @@
 """A run's directory: made once, locked, and filled line by line with what is true about the run.
 
-metrics.jsonl and samples.jsonl are flushed at every line, so a killed run keeps what it logged; W&B only mirrors them.
+metrics.jsonl, samples.jsonl and layers.jsonl are flushed at every line, so a killed run keeps what it logged; W&B only
+mirrors them.
 JSON files appear by rename, never half-written. Run names come from one safe alphabet and stay under the output root.
 """
 
@@ -8,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
 import socket
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lmlab.lines import Lines, plain
 from lmlab.records import Sample, UserError
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,127}")
@@ -62,6 +62,7 @@ class RunDir:
             "info": "run.json",
             "metrics": "metrics.jsonl",
             "samples": "samples.jsonl",
+            "layers": "layers.jsonl",
             "summary": "summary.json",
             "data_report": "data_report.json",
             "mask_preview": "mask_preview.txt",
@@ -74,6 +75,7 @@ class RunDir:
             "lock": ".lock",
             "out_of_memory": ".out_of_memory",
             "resume_certificate": "resume_certificate.json",
+            "reproduction": "reproduction.json",
         }
         if name in names:
             return self.path / names[name]
@@ -215,24 +217,13 @@ def _process_start(pid: int) -> int | None:
         return None
 
 
-def _plain(value: Any) -> Any:
-    """``value`` with non-finite numbers as strings, as JSON has none."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value
-
-
 def write_json(path: Path, value: Any, *, sync: bool = False) -> None:
     """Write a JSON file by rename in the same folder; a lone surrogate becomes its JSON escape.
 
     Args:
         sync: have its content on the disk before it gets its name.
     """
-    text = json.dumps(_plain(value), indent=1, ensure_ascii=False, default=str) + "\n"
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False, default=str) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -306,7 +297,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Journal:
-    """Appends to metrics.jsonl and samples.jsonl, one line per log point or sample, handed to the system at once.
+    """Appends to metrics.jsonl, samples.jsonl and layers.jsonl, handed to the system line by line.
 
     Args:
         run: the run's directory.
@@ -316,7 +307,8 @@ class Journal:
     def __init__(self, run: RunDir, *, start_time: float | None = None) -> None:
         self.start_time = time.monotonic() if start_time is None else start_time
         self._run = run
-        self._metrics, self._samples = _Lines(run.metrics), _Lines(run.samples)
+        self._metrics, self._samples = Lines(run.metrics), Lines(run.samples)
+        self._layers: Lines | None = None  # made with its first line, as not every run has one
         self.latest: dict[str, float] = {}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -328,10 +320,18 @@ class Journal:
         """One line of samples.jsonl."""
         self._samples.append(sample.row())
 
+    def layers(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """A line of layers.jsonl for each layer."""
+        self._layers = self._layers or Lines(self._run.layers)
+        for row in rows:
+            self._layers.append({"step": step, **row})
+
     def forget_after(self, step: int) -> None:
         """Remove the lines of steps a resumed run will do again, so that no step stands there twice."""
         self.close()
-        for path in (self._run.metrics, self._run.samples):
+        for path in (self._run.metrics, self._run.samples, self._run.layers):
+            if not path.exists():
+                continue
             kept = []
             # Not splitlines(): U+2028 and its like may stand inside a JSON string.
             for line in path.read_bytes().split(b"\n"):
@@ -344,52 +344,11 @@ class Journal:
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             temporary.write_bytes(b"".join(kept))
             temporary.replace(path)
-        self._metrics, self._samples = _Lines(self._run.metrics), _Lines(self._run.samples)
+        self._metrics, self._samples = Lines(self._run.metrics), Lines(self._run.samples)
 
     def close(self) -> None:
-        """Close both files."""
-        self._metrics.close()
-        self._samples.close()
-
-
-class _Lines:
-    """A file that only grows by whole lines. What a full disk does not take is kept and written as soon as it does."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        self._waiting = b""
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            self._waiting = b"\n"  # a line torn by a kill must not spoil the next one
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line; a disk that takes nothing costs one line on stderr, not the run."""
-        line = json.dumps(_plain(row), ensure_ascii=False) + "\n"
-        had_waited = len(self._waiting) > 1
-        self._waiting += line.encode("utf-8", errors="backslashreplace")
-        error = self._write()
-        if error is not None and not had_waited:
-            print(
-                f"warning: {self.path.name} cannot be written ({error.strerror}): its lines are kept until it can",
-                file=sys.stderr,
-            )
-
-    def _write(self) -> OSError | None:
-        """As much of what waits as the disk takes; why it took no more."""
-        try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
-        except OSError as error:
-            return error
-        return None
-
-    def close(self) -> None:
-        """Try once more what waits, and close; what is lost then is said."""
-        if self._file < 0:
-            return
-        if error := self._write():
-            lost = self._waiting.count(b"\n")
-            print(f"warning: {lost} lines of {self.path.name} were lost ({error.strerror})", file=sys.stderr)
-        os.close(self._file)
-        self._file = -1
+        """Close the files."""
+        for lines in (self._metrics, self._samples, self._layers):
+            if lines is not None:
+                lines.close()
+        self._layers = None

@@ -40,6 +40,7 @@ SAFE = [
     "trainer.max_nonfinite_steps",
     "trainer.auto_batch",
     "trainer.memory_plan",
+    "trainer.layer_stats",
     "trainer.accelerator",
     "trainer.compile",
     "model.gradient_checkpointing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,10 +72,16 @@ class Session:
         if self.tracker is not None:
             self.tracker.samples(step, samples)
 
+    def log_layers(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """To layers.jsonl; the mirror gets a picture of all of them at the end."""
+        if self.journal is not None:
+            self.journal.layers(step, rows)
+
     # --- training -----------------------------------------------------------------------------------------------
 
     def train(self) -> int:
         """Build everything, fit, and return the exit code."""
+        import numpy as np
         import torch
 
         from lmlab.assemble import build_for_training
@@ -95,7 +102,8 @@ class Session:
         )
         if hardware.device.type == "cpu":
             (return_freed_blocks if config.model.gradient_checkpointing else keep_freed_blocks)()
-        torch.manual_seed(config.seed + self.rank)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):  # the latter two for plugins
+            seed((config.seed + self.rank) % 2**32)
         meter = self.meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
         built = build_for_training(
             self.run, config, hardware, wants_flat=prepared.wants_flat, meter=meter, say=self.say
@@ -129,6 +137,7 @@ class Session:
         from lmlab.training.checkpoint import Checkpoints
         from lmlab.training.console import Progress
         from lmlab.training.datamodule import LMDataModule
+        from lmlab.training.layer_log import LayerLog
 
         config = self.config
         branches = resume_from is not None and resume_from.absolute().parent != self.run.checkpoints
@@ -158,7 +167,11 @@ class Session:
             pause=log.pause,
         )
         extra = [callback.build() for callback in config.callbacks.values()]
-        callbacks = fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra)
+        logs = {"log": self.log, "log_layers": self.log_layers, "pause": log.pause}
+        callbacks = [
+            LayerLog(config.trainer, max_steps=max_steps, **logs),
+            *fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra),
+        ]
         trainer = fitting.build_trainer(
             config.trainer,
             hardware,
@@ -339,6 +352,7 @@ class Session:
             self.journal.close()
         self._print_samples()
         if self.tracker is not None:
+            self.tracker.layers()
             self.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
             self.tracker.finish(code)
         self._report()

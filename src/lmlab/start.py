@@ -321,6 +321,8 @@ def _environment() -> dict[str, Any]:
     """Versions and hardware for run.json; nothing from the environment variables."""
     from importlib.metadata import version
 
+    import torch
+
     names = (
         "lightning",
         "hydra-core",
@@ -347,12 +349,7 @@ def _environment() -> dict[str, Any]:
             "machine": platform.machine(),
             "system": platform.system(),
             "cpus": os.cpu_count(),
-            "gpus": _gpus(),
+            "threads": torch.get_num_threads(),  # sums are cut by them, so the last bits depend on it
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -99,6 +99,7 @@ def options(batch_size: int, accumulate: int, **changes: object) -> TrainerConfi
         "max_nonfinite_steps": 10,
         "auto_batch": False,
         "memory_plan": False,
+        "layer_stats": False,
     }
     return TrainerConfig.model_validate({**values, **changes})
 

@@ -11,7 +11,7 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,8 +28,9 @@ MAX_POINTS = 600
 
 # Stand-in colour -> CSS variable of the page. matplotlib writes them unchanged, and nothing else uses them.
 _COLOURS = {"#0a0b01": "--fg", "#0a0b02": "--muted", "#0a0b03": "--rule", "#0a0b04": "--c1", "#0a0b05": "--c2",
-            "#0a0b06": "--c3"}  # fmt: skip
-_FG, _MUTED, _RULE, *_LINE = _COLOURS
+            "#0a0b06": "--c3", "#0a0b07": "--c4", "#0a0b08": "--c5", "#0a0b09": "--c6", "#0a0b0a": "--c7",
+            "#0a0b0b": "--c8"}  # fmt: skip
+FG, MUTED, RULE, *LINES = _COLOURS
 _PEAK_NAME = re.compile(r"(?:^|/)memory/([^/]+)/(peak|planned)_gb$")
 
 
@@ -56,7 +57,7 @@ class Bar:
 class Panel:
     """What one plot shows. ``mark`` is a point singled out (label, step, value); above ``top`` it is cut off.
 
-    ``bins`` are the (edges, counts) of a histogram, and ``middle`` its median.
+    Bars reach up to ``top`` where several plots share a scale. ``bins`` are the (edges, counts) of a histogram, and ``middle`` its median.
     """
 
     key: str
@@ -72,7 +73,9 @@ class Panel:
     @property
     def note(self) -> str:
         """What must be known to read the plot rightly."""
-        above = sum(value > self.top for value in self.lines[0].points.values()) if self.top else 0
+        above = (
+            sum(value > self.top for value in self.lines[0].points.values()) if self.top and self.lines else 0
+        )
         cut = (
             f"{above} value{'' if above == 1 else 's'} above {short(self.top or 0)} cut off" if above else ""
         )
@@ -220,36 +223,47 @@ def panels(metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> 
 
 def draw(panel: Panel) -> str:
     """The panel as an ``<svg>`` element for an HTML page: no prolog, no outside names, ids of its own."""
+    height = 0.55 + 0.34 * len(panel.bars) if panel.bars else 2.3 if panel.bins else 2.9
+    paint = _draw_bars if panel.bars else _draw_bins if panel.bins else _draw_lines
+    return draw_svg(panel.key, lambda axes: paint(axes, panel), height=height, bars=bool(panel.bars))
+
+
+def draw_svg(key: str, paint: Callable[[Axes], None], *, height: float, bars: bool = False) -> str:
+    """Axes dressed as all of the project's, painted by ``paint``, as an ``<svg>`` element whose ids begin with ``key``.
+
+    Args:
+        height: in inches, of a figure 4.7 wide.
+        bars: of horizontal bars, which have names at the side instead of a scale below.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": panel.key, "text.parse_math": False, "font.size": 10,
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False, "font.size": 10,
                 "axes.unicode_minus": True, "path.simplify": False}  # fmt: skip
     with matplotlib.rc_context(settings):
-        height = 0.55 + 0.34 * len(panel.bars) if panel.bars else 2.3 if panel.bins else 2.9
         figure = Figure(figsize=(4.7, height), layout="constrained")
         axes = figure.add_subplot()
-        _dress(axes, bars=bool(panel.bars))
-        (_draw_bars if panel.bars else _draw_bins if panel.bins else _draw_lines)(axes, panel)
+        _dress(axes, bars=bars)
+        paint(axes)
         handles = sorted(
             zip(*axes.get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] == "planned"
         )
         if handles:
-            axes.legend(*zip(*handles, strict=True), loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if panel.bars else 2, markerscale=0.6 if panel.bars else 1, frameon=False, labelcolor=_FG,
+            axes.legend(*zip(*handles, strict=True), loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if bars else 2, markerscale=0.6 if bars else 1, frameon=False, labelcolor=FG,
                         borderaxespad=0.2, handlelength=1.4, columnspacing=1.2)  # fmt: skip
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
-    return _inline(buffer.getvalue(), panel)
+    return _inline(buffer.getvalue(), key)
 
 
 def _dress(axes: Axes, *, bars: bool) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == ("left" if bars else "bottom"))
-        spine.set_color(_MUTED)
-    axes.tick_params(colors=_MUTED, labelcolor=_FG, length=0 if bars else 3)
+        spine.set_color(MUTED)
+    axes.tick_params(colors=MUTED, labelcolor=FG, length=0 if bars else 3)
     if not bars:
         axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", color=_RULE, linewidth=0.7)
+        axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
 
 
@@ -267,35 +281,35 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
         if len(line.points) == 1:
             look["marker"] = "o"
         axes.plot(
-            list(line.points), list(line.points.values()), color=_LINE[line.colour], label=line.label, **look
+            list(line.points), list(line.points.values()), color=LINES[line.colour], label=line.label, **look
         )
     if panel.mark:
         label, step, value = panel.mark
-        axes.plot([step], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=_FG,
+        axes.plot([step], [value], "o", markersize=9, markerfacecolor="none", markeredgecolor=FG,
                   label=f"{label} {short(value)} (step {step})")  # fmt: skip
     if panel.log:
         axes.set_yscale("log")
     elif panel.key in ("lr", "memory_steps", "throughput"):
         axes.set_ylim(bottom=0, top=panel.top)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel("step", color=_MUTED)
+    axes.set_xlabel("step", color=MUTED)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 12))))
 
 
 def _draw_bars(axes: Axes, panel: Panel) -> None:
     names = [bar.label for bar in panel.bars]
     places = range(len(names))
-    axes.barh(places, [bar.value for bar in panel.bars], height=0.62, color=_LINE[0], label="measured")
+    axes.barh(places, [bar.value for bar in panel.bars], height=0.62, color=LINES[0], label="measured")
     planned = [
         (bar.planned, place) for place, bar in zip(places, panel.bars, strict=True) if bar.planned is not None
     ]
     if planned:
         axes.plot([value for value, _ in planned], [place for _, place in planned], "|", markersize=21,
-                  markeredgewidth=2, color=_FG, label="planned")  # fmt: skip
-    reach = max([bar.value for bar in panel.bars] + [value for value, _ in planned if value]) or 1.0
+                  markeredgewidth=2, color=FG, label="planned")  # fmt: skip
+    reach = panel.top or max([bar.value for bar in panel.bars] + [v for v, _ in planned if v]) or 1.0
     for place, bar in zip(places, panel.bars, strict=True):
         at = max(bar.value, bar.planned or 0.0) + reach * 0.02
-        axes.text(at, place, short(bar.value), va="center", color=_FG)
+        axes.text(at, place, short(bar.value), va="center", color=FG)
     axes.set_xlim(0, reach * 1.16)
     axes.set_xticks([])
     axes.set_yticks(list(places), names)
@@ -308,11 +322,11 @@ def _draw_bins(axes: Axes, panel: Panel) -> None:
     edges, counts = panel.bins or ((0.0, 1.0), (0,))
     widths = [high - low for low, high in pairwise(edges)]
     # A sliver of background between the bars, so that the bins can be told apart.
-    axes.bar(edges[:-1], counts, [0.92 * width for width in widths], align="edge", color=_LINE[0])
+    axes.bar(edges[:-1], counts, [0.92 * width for width in widths], align="edge", color=LINES[0])
     if panel.middle is not None:
         axes.axvline(
             panel.middle,
-            color=_FG,
+            color=FG,
             linewidth=1.2,
             linestyle=(0, (4, 3)),
             label=f"median {short(panel.middle)}",
@@ -321,17 +335,17 @@ def _draw_bins(axes: Axes, panel: Panel) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6 if axis is axes.xaxis else 4, integer=True))
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 12))))
-    axes.set_xlabel("tokens", color=_MUTED)
+    axes.set_xlabel("tokens", color=MUTED)
 
 
-def _inline(svg: str, panel: Panel) -> str:
+def _inline(svg: str, key: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = svg.replace("xlink:href=", "href=")
     # Several SVGs share the page, and matplotlib calls the parts of each one figure_1, axes_1 and so on.
-    svg = re.sub(r'\bid="', f'id="{panel.key}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{panel.key}-", svg)
+    svg = re.sub(r'\bid="', f'id="{key}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{key}-", svg)
     for stand_in, variable in _COLOURS.items():
         svg = svg.replace(stand_in, f"var({variable})")
     svg = re.sub(

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import jinja2
 from markupsafe import Markup
 
 from lmlab.records import STOPPED_CODES, UserError
-from lmlab.tracking import plots
+from lmlab.tracking import layer_plots, plots
 from lmlab.tracking.data_view import DataView, Lengths, Shown
 from lmlab.tracking.plots import short
-from lmlab.tracking.values import as_written, counted, flatten, shown, visible
+from lmlab.tracking.values import aligned, as_written, counted, duration, flatten, shown, visible
 
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "summary.json", "data_report.json", "config.yaml", "run.json")
 EARLIER_STEPS = 24
@@ -50,6 +50,7 @@ class RunFiles:
     directory: Path
     metrics: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
@@ -72,9 +73,16 @@ def write_report(run_dir: Path) -> Path:
         raise UserError(
             what, where=str(run_dir), fix="give a directory that train.py made, e.g. outputs/sft/NAME"
         )
-    target = run_dir / "report.html"
-    unfinished = run_dir / f".report.html.{os.getpid()}.tmp"
-    page = render(read_run(run_dir))
+    return write_page(run_dir / "report.html", render(read_run(run_dir)))
+
+
+def write_page(target: Path, page: str) -> Path:
+    """Write a page in one piece, so that nobody opens half of one.
+
+    Raises:
+        UserError: the directory cannot be written to.
+    """
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         # Half a surrogate pair, which JSON can carry and UTF-8 cannot, comes out as \udXXX.
         with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -94,6 +102,8 @@ def read_run(run_dir: Path) -> RunFiles:
     run = RunFiles(run_dir)
     run.metrics = _read_lines(run, "metrics.jsonl")
     run.samples = _read_lines(run, "samples.jsonl")
+    if (run_dir / "layers.jsonl").exists():  # a run may go without
+        run.layers = _read_lines(run, "layers.jsonl")
     run.summary = _read_object(run, "summary.json")
     run.data = _read_object(run, "data_report.json")
     run.run = _read_object(run, "run.json")
@@ -111,6 +121,11 @@ def read_run(run_dir: Path) -> RunFiles:
             run.notices.append(f"{name} is not a finite number at {counted(len(bad), 'log point')}, first at step "
                                f"{bad[0]}. The curves leave these out.")  # fmt: skip
     return run
+
+
+def read_layers(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of layers.jsonl as far as they can be read."""
+    return _read_lines(RunFiles(run_dir), "layers.jsonl")
 
 
 def _read_text(run: RunFiles, name: str) -> str | None:
@@ -168,14 +183,6 @@ def _read_lines(run: RunFiles, name: str) -> list[dict[str, Any]]:
     if bad:
         run.notices.append(f"{name}: {counted(len(bad), 'broken line')} ignored, the first is line {bad[0]}.")
     return rows
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return (
-        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
-    )
 
 
 def status(run: RunFiles) -> dict[str, str]:
@@ -255,7 +262,7 @@ def _cost_figures(run: RunFiles, flat: Mapping[str, Any]) -> list[Tile]:
     if times := [time for time in times if time is not None and math.isfinite(time)]:
         tokens = plots.series(run.metrics, "train/tokens")
         note = f"{short(max(tokens.values()))} tokens trained on" if tokens else ""
-        tiles.append(Tile("Time to the last log point", _duration(max(times)), note))
+        tiles.append(Tile("Time to the last log point", duration(max(times)), note))
     return tiles
 
 
@@ -279,11 +286,6 @@ def sample_groups(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return groups
 
 
-def _aligned(value: float) -> str:
-    """A measured value for a column: always four digits, so that the eye can compare them."""
-    return f"{value:#.4g}" if abs(value) < 1000 else short(value)
-
-
 def validations(run: RunFiles) -> dict[str, Any]:
     """The validation metrics as a table: the numbers behind the curve, for reading and copying."""
     names = [name for row in run.metrics for name in row if name.startswith("val/")]
@@ -292,7 +294,7 @@ def validations(run: RunFiles) -> dict[str, Any]:
     best = plots.best_validation(run.metrics)
     steps = sorted({step for points in columns.values() for step in points})
     rows = [
-        (step, [_aligned(points[step]) if step in points else "–" for points in columns.values()])
+        (step, [aligned(points[step]) if step in points else "–" for points in columns.values()])
         for step in steps
     ]
     return {"columns": list(columns), "rows": rows, "best": best[0] if best else None}
@@ -305,12 +307,14 @@ def length_panel(lengths: Lengths) -> plots.Panel:
     )
 
 
-def _draw_all(panels: Iterable[plots.Panel]) -> tuple[list[tuple[plots.Panel, Markup]], list[str]]:
+def draw_all(
+    panels: Iterable[Any], draw: Callable[[Any], str] | None = None
+) -> tuple[list[tuple[Any, Markup]], list[str]]:
     """The plots as markup, and a sentence for each that could not be drawn."""
     drawn, failures = [], []
     for panel in panels:
         try:
-            drawn.append((panel, Markup(plots.draw(panel))))
+            drawn.append((panel, Markup((draw or plots.draw)(panel))))
         # Values such as 1e308 overflow inside matplotlib; the page must come out anyway.
         except Exception as error:
             failures.append(f"The plot '{panel.title}' could not be drawn: {type(error).__name__}: {error}.")
@@ -336,8 +340,10 @@ def render(run: RunFiles) -> str:
     """The page as one string."""
     argv = run.run.get("argv")
     data = DataView.of(run.data, run.examples)
-    drawn, undrawn = _draw_all(plots.panels(run.metrics, flatten(run.summary)))
-    lengths, no_lengths = _draw_all([length_panel(data.lengths)] if data.lengths else [])
+    drawn, undrawn = draw_all(plots.panels(run.metrics, flatten(run.summary)))
+    curves, no_curves = draw_all(layer_plots.panels(run.metrics))
+    maps, no_maps = draw_all(layer_plots.heat_maps(run.layers), layer_plots.draw)
+    lengths, no_lengths = draw_all([length_panel(data.lengths)] if data.lengths else [])
     return (
         templates()
         .get_template("report.html.jinja")
@@ -346,9 +352,10 @@ def render(run: RunFiles) -> str:
             command=" ".join(map(str, argv)) if isinstance(argv, list) else str(argv or ""),
             status=status(run),
             tiles=key_figures(run),
-            notices=run.notices + undrawn + no_lengths,
+            notices=run.notices + undrawn + no_curves + no_maps + no_lengths,
             missing=run.missing,
             panels=drawn,
+            layers={"drawn": maps + curves, "rows": layer_plots.newest(run.layers)},
             validation=validations(run),
             samples=sample_groups(run.samples),
             data=data,

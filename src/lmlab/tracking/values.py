@@ -58,3 +58,25 @@ def as_written(value: Any) -> str:
 def counted(amount: int, what: str) -> str:
     """``1 record``, ``2 records``."""
     return f"{amount:,} {what}{'' if amount == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return (
+        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    )
+
+
+def aligned(value: float) -> str:
+    """A measured value for a column: always four digits, so that the eye can compare them."""
+    return f"{value:#.4g}" if abs(value) < 1000 else short(value)
+
+
+def scaled(value: float) -> str:
+    """A large amount with the letter of its size: ``568 G``, ``1.2 M``."""
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {letter}"
+    return short(float(f"{value:.3g}"))

@@ -6,6 +6,8 @@ raises is said once and turns it off, because metrics.jsonl already has every nu
 
 from __future__ import annotations
 
+import contextlib
+import io
 import netrc
 import os
 import secrets
@@ -17,6 +19,7 @@ from typing import Any, Literal
 from lmlab.records import Sample
 from lmlab.registry import Config
 from lmlab.tracking.data_view import DataView
+from lmlab.tracking.layer_plots import HeatMap, heat_maps, picture
 from lmlab.tracking.values import writable
 
 SAMPLE_COLUMNS = ("step", "prompt_id", "prompt", "sampler", "seed", "text", "new_tokens", "stop_reason")
@@ -196,6 +199,28 @@ class WandbTracker:
                 page = writable(mask_page(view.examples), UTF8)
                 logged["data/mask_preview"] = wandb.Html(page, inject=False, data_is_not_path=True)
             self._run.log(logged)
+
+        self._guard(mirror)
+
+    def layers(self) -> None:
+        """Mirror layers.jsonl as heat maps, when the run is over."""
+        if self._run is None:
+            return
+        pictures: list[tuple[HeatMap, bytes]] = []
+        with contextlib.suppress(
+            Exception
+        ):  # a picture that cannot be drawn is no reason to end the mirroring
+            from lmlab.tracking.report import read_layers
+
+            pictures = [(found, picture(found)) for found in heat_maps(read_layers(self.run_dir))]
+
+        def mirror() -> None:
+            import wandb
+            from PIL import Image
+
+            for found, png in pictures:
+                image = wandb.Image(Image.open(io.BytesIO(png)), caption=found.title)
+                self._run.log({"trainer/step": found.steps[-1], f"layers/{found.name}_map": image})
 
         self._guard(mirror)
 

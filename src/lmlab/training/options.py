@@ -119,6 +119,7 @@ class TrainerConfig(Config):
         auto_batch: when memory runs out, begin again from the last checkpoint with half the micro-batch and twice the
             accumulation: the global batch stays.
         memory_plan: plan the peak memory of each phase before the first step (some seconds, once per configuration).
+        layer_stats: at validations, measure each layer's update and gradient (see `lmlab.models.layers`).
     """
 
     max_steps: int | None = Field(ge=1)
@@ -140,6 +141,7 @@ class TrainerConfig(Config):
     max_nonfinite_steps: int = Field(ge=1)
     auto_batch: bool
     memory_plan: bool
+    layer_stats: bool
 
     @property
     def rows_per_step(self) -> int:
@@ -197,6 +199,23 @@ class CallbackConfig(Config):
     def build(self) -> Any:
         """The callback."""
         raise NotImplementedError
+
+
+@callbacks.register
+class StopAfterConfig(CallbackConfig):
+    """End after the first ``steps`` steps of a longer schedule, with a validation and a checkpoint."""
+
+    kind: Literal["stop_after"]
+    steps: int = Field(ge=1)
+
+    def build(self) -> Any:
+        from lightning.pytorch.callbacks import LambdaCallback
+
+        def stop(trainer: Any, *_: Any) -> None:
+            if trainer.global_step >= self.steps:
+                trainer.should_stop = True
+
+        return LambdaCallback(on_train_batch_end=stop)
 
 
 @callbacks.register
