@@ -57,7 +57,7 @@ class Bar:
 class Panel:
     """What one plot shows. ``mark`` is a point singled out (label, step, value); above ``top`` it is cut off.
 
-    Bars reach up to ``top`` where several plots share a scale. ``bins`` are the (edges, counts) of a histogram, and ``middle`` its median.
+    Bars, of one ``colour``, reach up to ``top`` where several plots share a scale. ``bins`` are the (edges, counts) of a histogram, and ``middle`` its median.
     """
 
     key: str
@@ -69,6 +69,7 @@ class Panel:
     mark: tuple[str, int, float] | None = None
     log: bool = False
     top: float | None = None
+    colour: int = 0
 
     @property
     def note(self) -> str:
@@ -297,9 +298,11 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
 
 
 def _draw_bars(axes: Axes, panel: Panel) -> None:
-    names = [bar.label for bar in panel.bars]
+    names = [bar.label if len(bar.label) <= 20 else f"{bar.label[:19]}…" for bar in panel.bars]
     places = range(len(names))
-    axes.barh(places, [bar.value for bar in panel.bars], height=0.62, color=LINES[0], label="measured")
+    axes.barh(
+        places, [bar.value for bar in panel.bars], height=0.62, color=LINES[panel.colour], label="measured"
+    )
     planned = [
         (bar.planned, place) for place, bar in zip(places, panel.bars, strict=True) if bar.planned is not None
     ]

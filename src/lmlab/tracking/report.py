@@ -68,12 +68,17 @@ def write_report(run_dir: Path) -> Path:
         UserError: ``run_dir`` is no run directory, or cannot be written to.
     """
     run_dir = Path(run_dir)
-    if not any((run_dir / name).is_file() for name in RUN_FILES):
+    if not is_run(run_dir):
         what = "no run directory" if run_dir.is_dir() else "no such directory"
         raise UserError(
             what, where=str(run_dir), fix="give a directory that train.py made, e.g. outputs/sft/NAME"
         )
     return write_page(run_dir / "report.html", render(read_run(run_dir)))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory has any of a run's files."""
+    return any((path / name).is_file() for name in RUN_FILES)
 
 
 def write_page(target: Path, page: str) -> Path:
