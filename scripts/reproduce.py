@@ -73,9 +73,8 @@ def show(found: Reproduction) -> None:
     if found.weights is None:
         table.add_row("weights", "no checkpoint of that step", "", "", "")
     else:
-        parts = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")
-        equal = not any(line.startswith(parts) for line in found.differences)
-        table.add_row("weights, optimizer, random states", found.weights, "yes" if equal else "no", "", "")
+        equal = "yes" if found.weights_equal else "no"
+        table.add_row("weights, optimizer, random states", found.weights, equal, "", "")
     Console(width=max(Console().width, 100)).print(table, highlight=False)
 
 

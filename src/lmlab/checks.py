@@ -25,6 +25,8 @@ from lmlab.records import RunFailedError
 
 MEASURED = ("time", "perf/", "memory/")
 """Beginnings of what differs between two runs of the same numbers."""
+COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")
+"""Parts of a checkpoint."""
 
 
 def certify_resume(config: RunConfig, folder: Path, *, steps: int, at: int) -> dict[str, Any]:
@@ -106,12 +108,16 @@ def run_worker(
     )
 
 
-def compare_runs(one: RunDir, other: RunDir, *, after: int = 0, upto: int | None = None) -> Iterator[str]:
+def compare_runs(
+    one: RunDir, other: RunDir, *, after: int = 0, upto: int | None = None, both_fresh: bool = False
+) -> Iterator[str]:
     """A line for everything that differs between two runs beyond step ``after``, and in their last checkpoints.
 
     Args:
         upto: the step at which ``other`` was ended early. What its end added there (a validation, samples) is left out,
             and the checkpoints compared are those of that step, if both have one.
+        both_fresh: neither goes on from the other, so of the random states only torch's are compared: Python's own is
+            drawn from by libraries that have nothing to do with training (W&B).
     """
     import torch
 
@@ -131,8 +137,11 @@ def compare_runs(one: RunDir, other: RunDir, *, after: int = 0, upto: int | None
         return
     paths = [run.checkpoints / common / "state.pt" for run in (one, other)]
     states = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
-    compared = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")
-    for part in compared:
+    for state in states if both_fresh else ():
+        state["rng"] = [
+            {name: rank.get(name) for name in ("torch", "cuda")} for rank in state.get("rng") or []
+        ]
+    for part in COMPARED:
         yield from _differences(part, states[0].get(part), states[1].get(part))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmlab.checks import (
+    COMPARED,
     Agreement,
     common_checkpoint,
     compare_runs,
@@ -61,6 +62,11 @@ class Reproduction:
         """Bit for bit, in all that could be compared."""
         return not self.differences
 
+    @property
+    def weights_equal(self) -> bool | None:
+        """Whether weights, optimizer, schedule and random states are; None if there was no checkpoint to compare."""
+        return None if self.weights is None else not any(d.startswith(COMPARED) for d in self.differences)
+
     def write(self) -> Path:
         """Put it into the new run's directory as reproduction.json."""
         about = {
@@ -73,9 +79,7 @@ class Reproduction:
             "samples": {"compared": self.samples[0], "equal": self.samples[1]},
             "weights": {
                 "compared": self.weights,
-                "equal": None
-                if self.weights is None
-                else not any(d.startswith("state_dict") for d in self.differences),
+                "equal": self.weights_equal,
             },
         }
         write_json(self.made.reproduction, about)
@@ -130,7 +134,7 @@ def reproduce(
         metric_agreement(run, plan.run, after=after, upto=upto),
         (max(len(mine), len(its)), sum(a == b for a, b in zip(mine, its, strict=False))),
         common_checkpoint(run, plan.run, upto=upto),
-        list(compare_runs(run, plan.run, after=after, upto=upto)),
+        list(compare_runs(run, plan.run, after=after, upto=upto, both_fresh=True)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ class Session:
 
     def train(self) -> int:
         """Build everything, fit, and return the exit code."""
+        import numpy as np
         import torch
 
         from lmlab.assemble import build_for_training
@@ -101,7 +103,8 @@ class Session:
         )
         if hardware.device.type == "cpu":
             (return_freed_blocks if config.model.gradient_checkpointing else keep_freed_blocks)()
-        torch.manual_seed(config.seed + self.rank)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):  # the latter two for plugins
+            seed((config.seed + self.rank) % 2**32)
         meter = self.meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")
         built = build_for_training(
             self.run, config, hardware, wants_flat=prepared.wants_flat, meter=meter, say=self.say

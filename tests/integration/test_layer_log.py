@@ -124,7 +124,9 @@ def test_wandb_gets_the_means_and_the_pictures(tmp_path: Path) -> None:
     done = command("train.py", *told, "run_name=mirrored", f"output_root={tmp_path}")
     assert done.returncode == 0, done.stderr
     run = RunDir(tmp_path / "sft" / "mirrored")
-    pictures = sorted(path.name for path in run.path.glob("wandb/*/files/media/images/layers/*.png"))
+    pictures = sorted(
+        path.name for path in run.path.glob("wandb/*offline-run-*/files/media/images/layers/*.png")
+    )
     assert [name.split("_map")[0] for name in pictures] == ["effective_rank", "update_ratio"]
     (file,) = run.path.glob("wandb/*offline-run-*/run-*.wandb")
     shown = command("-m", "wandb", "leet", "inspect", "--json", str(file)).stdout

@@ -46,6 +46,7 @@ def copy_of(run: RunDir, folder: Path) -> RunDir:
     return RunDir(shutil.copytree(run.path, folder / run.path.name))
 
 
+@pytest.mark.slow
 def test_a_run_is_equal_bit_for_bit_to_itself_made_again(run: RunDir, tmp_path: Path) -> None:
     said: list[str] = []
     found = reproduce(run, to=tmp_path, say=said.append)
@@ -66,6 +67,7 @@ def test_a_run_is_equal_bit_for_bit_to_itself_made_again(run: RunDir, tmp_path: 
     assert read_json(found.made.info)["data_hash"] == read_json(run.info)["data_hash"]
 
 
+@pytest.mark.slow
 def test_its_beginning_and_what_is_another_now(run: RunDir, tmp_path: Path) -> None:
     """Four of six steps, on a machine of another kind; step 4 has a checkpoint and no validation of its own."""
     copied = copy_of(run, tmp_path)
@@ -85,6 +87,7 @@ def test_its_beginning_and_what_is_another_now(run: RunDir, tmp_path: Path) -> N
     assert read_json(found.made.summary)["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_changed_number_is_found(run: RunDir, tmp_path: Path) -> None:
     copied = copy_of(run, tmp_path)
     rows = [json.loads(line) for line in copied.metrics.read_text().splitlines()]
@@ -118,6 +121,7 @@ def test_changed_data_is_refused_before_anything_is_made(run: RunDir, data: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_again_while_its_trunk_is_there(
     train: Train, run: RunDir, data: Path, tmp_path: Path
 ) -> None:

@@ -239,7 +239,7 @@ def _paint(axes: Axes, heat_map: HeatMap, *, colours: Mapping[str, str] | None =
     text, muted, hue = (real.get(name, name) for name in (plots.FG, plots.MUTED, plots.LINES[0]))
     rectangles: dict[int, list[tuple[float, float, float, float]]] = {}
     ticks: list[tuple[float, str]] = []
-    depths: list[tuple[float, str, Literal["top", "bottom"]]] = []
+    depths: list[tuple[float, int | None, Literal["top", "bottom"]]] = []
     top, row_height = 0.0, _row_height(heat_map)
     for band in heat_map.bands:
         for index, row in enumerate(band.values):
@@ -249,17 +249,19 @@ def _paint(axes: Axes, heat_map: HeatMap, *, colours: Mapping[str, str] | None =
         if not ticks or (top + count / 2 - ticks[-1][0]) * row_height > 0.14:
             ticks.append((top + count / 2, band.label))
         if count > 1 and count * row_height > 0.3:
-            depths += [(top, str(band.depths[0]), "top"), (top + count, str(band.depths[-1]), "bottom")]
+            depths.append((top, band.depths[0], "top"))
+            depths.append((top + count, band.depths[-1], "bottom"))
         top += count + GAP
     columns, bottom = len(heat_map.steps), top - GAP
     unit = 1 / row_height  # an inch, in rows
     _paint_scale(axes, heat_map, rectangles, text=text, inch=unit)
     for level, cells in sorted(rectangles.items()):
         axes.add_patch(_patch(cells, hue, _opacity(level)))
+    small: dict[str, Any] = {"ha": "right", "fontsize": 6.5, "color": muted}
+    for y, depth, align in depths:
+        axes.text(-0.012 * columns, y, str(depth), va=align, **small)
     if depths:
-        depths.append((-0.02 * unit, "block", "bottom"))
-    for y, label, align in depths:
-        axes.text(-0.012 * columns, y, label, ha="right", va=align, fontsize=6.5, color=muted)
+        axes.text(-0.012 * columns, -0.02 * unit, "block", va="bottom", **small)
     axes.set_xlim(0, columns)
     axes.set_ylim(bottom, -0.52 * unit)
     axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=8.5)
