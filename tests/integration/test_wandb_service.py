@@ -112,7 +112,7 @@ def test_what_arrives_is_what_metrics_jsonl_has(
     assert told.exit_code == 0
     summary = read_json(run.summary)
     assert told.summary["best/val_loss"] == summary["best/val_loss"]
-    assert told.summary["val/loss"] == min(value for _, name, value in metrics(run) if name == "val/loss")
+    assert told.summary["val/loss"] == summary["final/val/loss"]  # a number: W&B's sweeps compare it
     assert told.config == yaml.safe_load(run.config.read_text(encoding="utf-8"))
     assert told.about["jobType"] == "sft"
     assert "adapter:lora" in told.about["tags"]
@@ -159,7 +159,7 @@ def test_a_bad_key_costs_one_line(tmp_path: Path, key: str) -> None:
         began = time.monotonic()
         run, done = train(tmp_path, "bad", "logger.init_timeout=5", environment=environment)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 180  # W&B itself would try for days
     first, last = about_wandb(done)
     assert first.startswith("W&B: cannot go online (")
     assert first.endswith("so this run is recorded offline")
@@ -177,7 +177,7 @@ def test_lost_midway_everything_is_on_disk_and_can_be_synced(tmp_path: Path, the
         run, done = train(tmp_path, "lost", "logger.finish_timeout=5", environment=server.environment())
         assert server.lost if then is None else server.status == 401
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 90
+    assert time.monotonic() - began < 180  # W&B itself would try for days
     assert read_json(run.summary)["status"] == "finished"
     assert [step for step, name, _ in sorted(metrics(run)) if name == "train/loss"] == [1, 2, 3]
     (line,) = about_wandb(done)

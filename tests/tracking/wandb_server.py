@@ -99,6 +99,7 @@ class WandbServer:
         self.status, self.after, self.then, self.delay = status, after, then, delay
         self.requests: list[Request] = []
         self.runs: dict[str, Run] = {}
+        self.artifacts: dict[str, bytes] = {}
         self.views: list[dict[str, Any]] = []
         self.sweeps: dict[str, str] = {}
         self.unknown: set[str] = set()
@@ -153,7 +154,7 @@ class WandbServer:
                 return 200, self._graphql(json.loads(request.body))
             if request.method == "PUT":
                 _, _, run, name = request.path.split("/", 3)
-                self.runs.setdefault(run, Run()).uploads[name] = request.body
+                (self.runs[run].uploads if run in self.runs else self.artifacts)[name] = request.body
             return 200, {}
 
     def _file_stream(self, request: Request) -> dict[str, Any]:
@@ -227,7 +228,13 @@ class WandbServer:
     def _on_RunStoppedStatus(self, _: Mapping[str, Any]) -> dict[str, Any]:
         return {"project": {"run": {"stopped": False}}}
 
+    def _on_OrganizationCoreWeaveOrganizationID(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {"entity": {"organization": None}}
+
     # --- artifacts: a logged table is one -----------------------------------------------------------------------
+
+    def _on_ArtifactType(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}  # none of that name yet
 
     def _on_CreateArtifact(self, _: Mapping[str, Any]) -> dict[str, Any]:
         artifact = {"id": "artifact", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}

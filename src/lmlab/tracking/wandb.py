@@ -2,14 +2,20 @@
 
 Never a prompt, never a failed run and never a long wait: without a key it works offline from the first second; a service
 that is away costs `init_timeout` at the start, or `finish_timeout` at the end if it goes away later; whatever the library
-raises is said once and turns it off, because metrics.jsonl already has every number. `wandb` is imported only when used.
+raises is said once and turns it off, because metrics.jsonl already has every number. Numbers go to the library's own
+process, which sends them when it can; of a table the library asks its server first, which takes as long as the server
+does, so tables have a thread. `wandb` is imported only when used.
 """
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,11 +102,13 @@ class WandbTracker:
         self._run: Any = None
         self._rows: list[list[Any]] = []
         self._incomplete = False
+        self._errands = _Errands()
         self.mode = self._mode()
         if self.mode == "disabled":
             return
         about = {"settings": settings, "tags": [*tags, *config.tags], "job_type": job_type}
         if self.mode == "online":
+            before = self._online_folders()
             try:
                 self._open(**about)
                 return
@@ -108,7 +116,12 @@ class WandbTracker:
                 say(f"W&B: cannot go online ({_first_line(error)}), so this run is recorded offline")
                 self.mode = "offline"
                 self._guard(_forget_all)
+                for empty in self._online_folders() - before:
+                    shutil.rmtree(empty, ignore_errors=True)
         self._guard(lambda: self._open(**about))
+
+    def _online_folders(self) -> set[Path]:
+        return set(self.run_dir.glob("wandb/run-*"))
 
     def _mode(self) -> str:
         """``auto`` decided: the library's own switch, which its users know, then whether there is a key."""
@@ -129,36 +142,36 @@ class WandbTracker:
         import wandb
 
         config = self._config
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            group=config.group,
-            job_type=job_type,
-            name=self.run_dir.name,
-            notes=config.notes,
-            id=self.run_id,
-            resume="allow" if self.mode == "online" else None,
-            dir=str(self.run_dir),
-            config=dict(settings),
-            tags=[tag[:64] for tag in tags],
-            mode=self.mode,  # type: ignore[arg-type]
-            reinit="create_new",
-            settings=wandb.Settings(
-                silent=True,
-                init_timeout=config.init_timeout,  # the library's own are 90 seconds, and for ever
-                finish_timeout=config.finish_timeout,
-                finish_timeout_raises=True,
-                console="off",
-                disable_git=True,
-                save_code=False,
-                x_save_requirements=False,
-            ),
-        )
+        with _without_slurm():
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                group=config.group,
+                job_type=job_type,
+                name=self.run_dir.name,
+                notes=config.notes,
+                id=self.run_id,
+                resume="allow" if self.mode == "online" else None,
+                dir=str(self.run_dir),
+                config=dict(settings),
+                tags=[tag[:64] for tag in tags],
+                mode=self.mode,  # type: ignore[arg-type]
+                reinit="create_new",
+                settings=wandb.Settings(
+                    silent=True,
+                    init_timeout=config.init_timeout,  # the library's own are 90 seconds, and for ever
+                    finish_timeout=config.finish_timeout / 2,  # the other half is for the tables
+                    finish_timeout_raises=True,
+                    console="off",
+                    disable_git=True,
+                    save_code=False,
+                    x_save_requirements=False,
+                ),
+            )
         wandb.termsetup(self._run.settings, _Listener(self._hear))
         self._beside_swept(settings)
         self._run.define_metric("trainer/step")
         self._run.define_metric("*", step_metric="trainer/step")
-        self._run.define_metric("val/loss", step_metric="trainer/step", summary="min")
 
     def _beside_swept(self, settings: Mapping[str, Any]) -> None:
         """Put back what a sweep's own value hides: with ``adapter=lora`` W&B keeps "lora" alone under ``adapter``."""
@@ -180,18 +193,14 @@ class WandbTracker:
         if self._run is None or not samples:
             return
         self._rows += [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
+        rows = list(self._rows)
 
-        def table() -> None:
+        def table() -> dict[str, Any]:
             import wandb
 
-            self._run.log(
-                {
-                    "trainer/step": step,
-                    "samples": wandb.Table(columns=list(SAMPLE_COLUMNS), data=list(self._rows)),
-                }
-            )
+            return {"samples": wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)}
 
-        self._guard(table)
+        self._media(step, table)
 
     def data(self, report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
         """Mirror what the run is trained on, before its first step.
@@ -206,17 +215,17 @@ class WandbTracker:
         if self._run is None:
             return
         view = DataView.of(report, list(examples))
+        self.summary({f"data/{name}": value for name, value in view.figures.items()})
 
-        def mirror() -> None:
+        def lengths_and_examples() -> dict[str, Any]:
             import wandb
 
             from lmlab.tracking.report import mask_page
 
-            self._run.summary.update({f"data/{name}": value for name, value in view.figures.items()})
-            logged: dict[str, Any] = {"trainer/step": 0}
+            made: dict[str, Any] = {}
             if view.lengths:
                 histogram = (list(view.lengths.counts), list(view.lengths.edges))
-                logged["data/lengths"] = wandb.Histogram(np_histogram=histogram)  # type: ignore[arg-type]
+                made["data/lengths"] = wandb.Histogram(np_histogram=histogram)  # type: ignore[arg-type]
             if view.examples:
                 rows: list[Any] = [
                     [
@@ -228,12 +237,34 @@ class WandbTracker:
                     ]
                     for e in view.examples
                 ]
-                logged["data/examples"] = wandb.Table(columns=list(EXAMPLE_COLUMNS), data=rows)
+                made["data/examples"] = wandb.Table(columns=list(EXAMPLE_COLUMNS), data=rows)
                 page = writable(mask_page(view.examples), UTF8)
-                logged["data/mask_preview"] = wandb.Html(page, inject=False, data_is_not_path=True)
-            self._run.log(logged)
+                made["data/mask_preview"] = wandb.Html(page, inject=False, data_is_not_path=True)
+            return made
 
-        self._guard(mirror)
+        self._media(0, lengths_and_examples)
+
+    def _media(self, step: int, make: Callable[[], dict[str, Any]]) -> None:
+        """Log what ``make`` builds: at once if offline, else by the thread, as the library asks the server about tables."""
+        run = self._run
+        if run is None:
+            return
+
+        def log(*, ask: bool) -> None:
+            import wandb
+
+            made = make()
+            for name, value in made.items():
+                if (
+                    isinstance(value, wandb.Table) and not ask
+                ):  # a bound one is a file of the run, no artifact
+                    value.bind_to_run(run, name, step)
+            run.log({"trainer/step": step, **made})
+
+        if self.mode == "online":
+            self._errands.add(lambda: log(ask=True), instead=lambda: self._guard(lambda: log(ask=False)))
+        else:
+            self._guard(lambda: log(ask=True))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Mirror the final figures."""
@@ -242,6 +273,9 @@ class WandbTracker:
 
     def finish(self, exit_code: int) -> None:
         """Close the run, as failed if ``exit_code`` is not 0, and say where it is."""
+        if self._run is None:
+            return
+        self._errands.finish(self._config.finish_timeout / 2)
         if self._run is None:
             return
         run, self._run = self._run, None
@@ -274,6 +308,52 @@ class WandbTracker:
         return True
 
 
+class _Errands:
+    """Calls made one after another in a thread of their own; one that fails or never ends is replaced by another."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Callable[[], object], Callable[[], object]]] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._given_up = False
+
+    def add(self, call: Callable[[], object], *, instead: Callable[[], object]) -> None:
+        """Have ``call`` made when those before it are; ``instead`` must neither raise nor wait."""
+        with self._changed:
+            self._waiting.append((call, instead))
+            self._changed.notify_all()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="wandb-tables", daemon=True)
+            self._thread.start()
+
+    def finish(self, timeout: float) -> None:
+        """Wait until all are made, ``timeout`` seconds at most; what is left then is replaced."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, timeout)
+            self._given_up = True
+            left = list(self._waiting)
+        for _, instead in left:
+            instead()
+
+    def _work(self) -> None:
+        while not self._given_up:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                call, instead = self._waiting[0]
+            failed = False
+            try:
+                call()
+            except Exception:  # a server that is away, and whatever else: the replacement says what is wrong
+                failed = True
+            with self._changed:
+                if self._given_up:
+                    return
+                if failed:
+                    instead()
+                self._waiting.popleft()
+                self._changed.notify_all()
+
+
 class _Listener:
     """Takes what the library would print, were it not silent."""
 
@@ -283,6 +363,16 @@ class _Listener:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+@contextlib.contextmanager
+def _without_slurm() -> Iterator[None]:
+    """The library's process copies every SLURM_... that it was started with into the run's metadata, SLURM_JWT too."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _forget_all() -> None:
