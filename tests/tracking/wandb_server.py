@@ -30,7 +30,7 @@ def numbers(rows: Iterable[Mapping[str, Any]], *, step: str) -> set[tuple[int, s
         (row[step], name, value)
         for row in rows
         for name, value in row.items()
-        if "/" in name and name != step and isinstance(value, int | float)
+        if "/" in name and "." not in name and name != step and isinstance(value, int | float)
     }
 
 

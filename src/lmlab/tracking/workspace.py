@@ -51,9 +51,7 @@ def build_workspace(project: str, *, entity: str, varied: Sequence[str] = VARIED
     columns = [
         *(panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in varied),
         *(panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(name)) for name in COSTS),
-        panels.ParallelCoordinatesPlotColumn(
-            metric=panels.SummaryMetric("val/loss"), display_name="val/loss"
-        ),
+        panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(BEST)),
     ]
     scatter = panels.ScatterPlot(
         title="best val/loss against peak memory",
