@@ -122,7 +122,7 @@ class WandbServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def environment(self, **more: str) -> dict[str, str]:
+    def environment(self, **more: str) -> dict[str, Any]:
         """What makes a child process take this server for W&B."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online", **more}
 

@@ -13,8 +13,6 @@ import contextlib
 import netrc
 import os
 import shutil
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +22,7 @@ from pydantic import Field
 from lmlab.records import OF_A_MULTIRUN, Sample
 from lmlab.registry import Config
 from lmlab.tracking.data_view import DataView
+from lmlab.tracking.errands import Errands
 from lmlab.tracking.values import writable
 
 SAMPLE_COLUMNS = ("step", "prompt_id", "prompt", "sampler", "seed", "text", "new_tokens", "stop_reason")
@@ -102,7 +101,7 @@ class WandbTracker:
         self._run: Any = None
         self._rows: list[list[Any]] = []
         self._incomplete = False
-        self._errands = _Errands()
+        self._errands = Errands()
         self.mode = self._mode()
         if self.mode == "disabled":
             return
@@ -115,7 +114,7 @@ class WandbTracker:
             except Exception as error:  # a server that is away, a key that is wrong: the run must not care
                 say(f"W&B: cannot go online ({_first_line(error)}), so this run is recorded offline")
                 self.mode = "offline"
-                self._guard(_forget_all)
+                _end_service()
                 for empty in self._online_folders() - before:
                     shutil.rmtree(empty, ignore_errors=True)
         self._guard(lambda: self._open(**about))
@@ -273,13 +272,15 @@ class WandbTracker:
 
     def finish(self, exit_code: int) -> None:
         """Close the run, as failed if ``exit_code`` is not 0, and say where it is."""
-        if self._run is None:
+        if self.mode == "disabled":
             return
         self._errands.finish(self._config.finish_timeout / 2)
-        if self._run is None:
-            return
+        if self._run is None or not self._close(exit_code):
+            _end_service()  # left to the interpreter's exit, a broken one ends in a traceback
+
+    def _close(self, exit_code: int) -> bool:
         run, self._run = self._run, None
-        folder = os.path.relpath(Path(run.dir).parent)
+        folder = Path(run.dir).parent
         url = run.url if self.mode == "online" else None
 
         def finish() -> None:
@@ -289,13 +290,17 @@ class WandbTracker:
                 self._incomplete = True
 
         if not self._guard(finish):
-            return
-        if url and self._incomplete:
-            self._say(f"W&B: {url} has not got everything: upload the rest with `wandb sync {folder}`")
+            return False
+        shown = os.path.relpath(folder)
+        if reason := _no_room(folder):
+            self._say(f"W&B: {shown} has not got everything ({reason}); every number is in metrics.jsonl")
+        elif url and self._incomplete:
+            self._say(f"W&B: {url} has not got everything: upload the rest with `wandb sync {shown}`")
         elif url:
             self._say(f"W&B: {url}")
         else:
-            self._say(f"W&B: look with `wandb leet run {folder}`, upload with `wandb sync {folder}`")
+            self._say(f"W&B: look with `wandb leet run {shown}`, upload with `wandb sync {shown}`")
+        return True
 
     def _guard(self, call: Callable[[], None]) -> bool:
         """Make a W&B call; the first exception is said in one line and ends the mirroring, never the run."""
@@ -306,52 +311,6 @@ class WandbTracker:
             self._say(f"W&B: stopped mirroring ({_first_line(error)}); every number is in metrics.jsonl")
             return False
         return True
-
-
-class _Errands:
-    """Calls made one after another in a thread of their own; one that fails or never ends is replaced by another."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[Callable[[], object], Callable[[], object]]] = deque()
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._given_up = False
-
-    def add(self, call: Callable[[], object], *, instead: Callable[[], object]) -> None:
-        """Have ``call`` made when those before it are; ``instead`` must neither raise nor wait."""
-        with self._changed:
-            self._waiting.append((call, instead))
-            self._changed.notify_all()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="wandb-tables", daemon=True)
-            self._thread.start()
-
-    def finish(self, timeout: float) -> None:
-        """Wait until all are made, ``timeout`` seconds at most; what is left then is replaced."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, timeout)
-            self._given_up = True
-            left = list(self._waiting)
-        for _, instead in left:
-            instead()
-
-    def _work(self) -> None:
-        while not self._given_up:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
-                call, instead = self._waiting[0]
-            failed = False
-            try:
-                call()
-            except Exception:  # a server that is away, and whatever else: the replacement says what is wrong
-                failed = True
-            with self._changed:
-                if self._given_up:
-                    return
-                if failed:
-                    instead()
-                self._waiting.popleft()
-                self._changed.notify_all()
 
 
 class _Listener:
@@ -375,8 +334,22 @@ def _without_slurm() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _forget_all() -> None:
-    """End the library's service: a run that was opened by half lives on in it under its id."""
+def _no_room(folder: Path) -> str | None:
+    """Why nothing more can be written there; the library, which writes on, does not say."""
+    probe = folder / ".room"
+    try:
+        probe.write_bytes(bytes(1 << 16))
+        return None
+    except OSError as error:
+        return error.strerror
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _end_service() -> None:
+    """End the library's own process, in which a run that was opened by half lives on under its id."""
     import wandb
 
-    wandb.teardown()
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()
