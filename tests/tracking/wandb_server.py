@@ -181,6 +181,9 @@ class WandbServer:
         viewer = {"id": "1", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "", "flags": "{}"}
         return {"viewer": {**viewer, "admin": False, "apiKeys": {"edges": []}, "teams": {"edges": []}}}
 
+    def _on_GetDefaultEntity(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        return self._on_Viewer(told)
+
     def _on_ServerFeaturesQuery(self, _: Mapping[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 
