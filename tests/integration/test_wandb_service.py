@@ -155,7 +155,7 @@ def test_what_only_looks_like_a_secret_is_left_alone(
     assert commit is None or len(commit) == 40
 
 
-@pytest.mark.parametrize("key", ["refused", "of a wrong shape"])
+@pytest.mark.parametrize("key", ["refused", pytest.param("of a wrong shape", marks=pytest.mark.slow)])
 def test_a_bad_key_costs_one_line(tmp_path: Path, key: str) -> None:
     with WandbServer(status=401) as server:
         environment = server.environment(**({} if key == "refused" else {"WANDB_API_KEY": "abc"}))
@@ -183,16 +183,19 @@ def test_lost_midway_everything_is_on_disk_and_can_be_synced(tmp_path: Path, the
     assert [step for step, name, _ in sorted(metrics(run)) if name == "train/loss"] == [1, 2, 3]
     (line,) = about_wandb(done)
     folder = folder_of(run)
-    assert line.endswith(f"has not got everything: upload the rest with `wandb sync {os.path.relpath(folder, tmp_path)}`")  # fmt: skip
+    assert line.endswith(f"has not got everything: upload the rest with `wandb sync --include-online {os.path.relpath(folder, tmp_path)}`")  # fmt: skip
     assert history(folder) == metrics(run)
     with WandbServer() as other:
-        synced = command("-m", "wandb", "sync", str(folder), cwd=tmp_path, **other.environment())
+        synced = command(
+            "-m", "wandb", "sync", "--include-online", str(folder), cwd=tmp_path, **other.environment()
+        )
         assert synced.returncode == 0, synced.stderr
         (told,) = other.runs.values()
         assert told.numbers == metrics(run)
         assert told.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_slow_service_gets_everything_and_the_steps_do_not_wait(tmp_path: Path) -> None:
     with WandbServer(delay=0.5) as server:
         run, done = train(tmp_path, "slow", environment=server.environment())

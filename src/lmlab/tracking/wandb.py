@@ -254,10 +254,8 @@ class WandbTracker:
 
             made = make()
             for name, value in made.items():
-                if (
-                    isinstance(value, wandb.Table) and not ask
-                ):  # a bound one is a file of the run, no artifact
-                    value.bind_to_run(run, name, step)
+                if isinstance(value, wandb.Table) and not ask:
+                    value.bind_to_run(run, name, step)  # then it is a file of the run, no artifact
             run.log({"trainer/step": step, **made})
 
         if self.mode == "online":
@@ -295,7 +293,10 @@ class WandbTracker:
         if reason := _no_room(folder):
             self._say(f"W&B: {shown} has not got everything ({reason}); every number is in metrics.jsonl")
         elif url and self._incomplete:
-            self._say(f"W&B: {url} has not got everything: upload the rest with `wandb sync {shown}`")
+            sync = (
+                f"wandb sync --include-online {shown}"  # without that it passes over a run that began online
+            )
+            self._say(f"W&B: {url} has not got everything: upload the rest with `{sync}`")
         elif url:
             self._say(f"W&B: {url}")
         else:
