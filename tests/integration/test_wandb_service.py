@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -193,6 +194,36 @@ def test_lost_midway_everything_is_on_disk_and_can_be_synced(tmp_path: Path, the
         (told,) = other.runs.values()
         assert told.numbers == metrics(run)
         assert told.exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_service_that_comes_back_has_everything(tmp_path: Path) -> None:
+    with WandbServer(after=1, then=503) as server:
+        mender = threading.Thread(target=server.mend, kwargs={"seconds": 4}, daemon=True)
+        mender.start()
+        run, done = train(tmp_path, "back", "logger.finish_timeout=120", environment=server.environment())
+        assert done.returncode == 0, done.stderr
+        assert not mender.is_alive()
+        (told,) = server.runs.values()
+        assert told.numbers == metrics(run)
+        assert told.exit_code == 0
+        (line,) = about_wandb(done)
+        assert line.startswith(f"W&B: {server.url}/")
+        assert "wandb sync" not in line
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path) -> None:
+    with WandbServer() as server:
+        run, first = train(tmp_path, "twice", environment=server.environment())
+        assert first.returncode == 0, first.stderr
+        told = ("resume=auto", "trainer.max_steps=6")
+        _, second = train(tmp_path, "twice", *told, environment=server.environment())
+        assert second.returncode == 0, second.stderr
+        (mirrored,) = server.runs.values()
+    trained = {(step, value) for step, name, value in metrics(run) if name == "train/loss"}
+    assert {step for step, _ in trained} == set(range(1, 7))
+    assert {(step, value) for step, name, value in mirrored.numbers if name == "train/loss"} == trained
 
 
 @pytest.mark.slow

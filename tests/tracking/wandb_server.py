@@ -126,6 +126,14 @@ class WandbServer:
         """What makes a child process take this server for W&B."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online", **more}
 
+    def mend(self, *, seconds: float) -> None:
+        """Wait until it answers with an error, and that long; then it is as new."""
+        while self.status == 200:
+            time.sleep(0.1)
+        time.sleep(seconds)
+        with self._lock:
+            self.status, self.after = 200, None
+
     def offer(self, runs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         """Runs for an agent to start, one after another: (run id, values by parameter)."""
         self._orders.extend(runs)

@@ -192,7 +192,7 @@ class WandbTracker:
         if self._run is None or not samples:
             return
         self._rows += [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
-        rows = list(self._rows)
+        rows: list[Any] = list(self._rows)
 
         def table() -> dict[str, Any]:
             import wandb
@@ -318,7 +318,12 @@ class _Listener:
     """Takes what the library would print, were it not silent."""
 
     def __init__(self, hear: Callable[[str], None]) -> None:
-        self.info = self.warning = self.error = hear
+        self._hear = hear
+
+    def warning(self, msg: str) -> None:
+        self._hear(msg)
+
+    info = error = warning
 
 
 def _first_line(error: Exception) -> str:
