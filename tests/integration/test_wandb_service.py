@@ -227,7 +227,7 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_slow_service_gets_everything_and_the_steps_do_not_wait(tmp_path: Path) -> None:
+def test_a_slow_service_gets_everything(tmp_path: Path) -> None:
     with WandbServer(delay=0.5) as server:
         run, done = train(tmp_path, "slow", environment=server.environment())
         assert done.returncode == 0, done.stderr
