@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,11 +64,13 @@ def folder_of(run: RunDir) -> Path:
 
 
 def about_wandb(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in (done.stdout + done.stderr).splitlines() if "W&B" in line or "wandb" in line]
+    """Every line of the run that is W&B's or about it."""
+    told = (done.stdout + done.stderr).splitlines()
+    return [line for line in told if "W&B" in line or line.startswith("wandb:")]
 
 
 def train(
-    folder: Path, name: str, *overrides: str, environment: Mapping[str, str]
+    folder: Path, name: str, *overrides: str, environment: Mapping[str, Any]
 ) -> tuple[RunDir, subprocess.CompletedProcess[str]]:
     """A tiny run in a process of its own, at home in ``folder``."""
     told = [*QUICK, f"run_name={name}", f"output_root={folder / 'out'}", *overrides]
@@ -112,8 +115,9 @@ def test_what_arrives_is_what_metrics_jsonl_has(
     assert told.exit_code == 0
     summary = read_json(run.summary)
     assert told.summary["best/val_loss"] == summary["best/val_loss"]
-    assert told.summary["val/loss"] == min(value for _, name, value in metrics(run) if name == "val/loss")
-    assert told.config == yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    assert told.summary["val/loss"] == summary["final/val/loss"]  # a number: W&B's sweeps compare it
+    frozen = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    assert told.config == {name: value for name, value in frozen.items() if value != {}}
     assert told.about["jobType"] == "sft"
     assert "adapter:lora" in told.about["tags"]
     assert read_json(run.info)["wandb_id"] in server.runs
@@ -152,14 +156,12 @@ def test_what_only_looks_like_a_secret_is_left_alone(
     assert commit is None or len(commit) == 40
 
 
-@pytest.mark.parametrize("key", ["refused", "of a wrong shape"])
+@pytest.mark.parametrize("key", ["refused", pytest.param("of a wrong shape", marks=pytest.mark.slow)])
 def test_a_bad_key_costs_one_line(tmp_path: Path, key: str) -> None:
     with WandbServer(status=401) as server:
         environment = server.environment(**({} if key == "refused" else {"WANDB_API_KEY": "abc"}))
-        began = time.monotonic()
         run, done = train(tmp_path, "bad", "logger.init_timeout=5", environment=environment)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 90
     first, last = about_wandb(done)
     assert first.startswith("W&B: cannot go online (")
     assert first.endswith("so this run is recorded offline")
@@ -172,27 +174,60 @@ def test_a_bad_key_costs_one_line(tmp_path: Path, key: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("then", [None, 401], ids=["network", "key"])
 def test_lost_midway_everything_is_on_disk_and_can_be_synced(tmp_path: Path, then: int | None) -> None:
-    began = time.monotonic()
     with WandbServer(after=1, then=then) as server:
-        run, done = train(tmp_path, "lost", "logger.finish_timeout=5", environment=server.environment())
+        run, done = train(tmp_path, "lost", "logger.finish_timeout=6", environment=server.environment())
         assert server.lost if then is None else server.status == 401
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 90
+    waited = run.report.stat().st_mtime - run.summary.stat().st_mtime  # written after W&B's end and before it
+    assert waited < 6 + 60  # the report takes its time too; W&B itself would try for days
     assert read_json(run.summary)["status"] == "finished"
     assert [step for step, name, _ in sorted(metrics(run)) if name == "train/loss"] == [1, 2, 3]
     (line,) = about_wandb(done)
     folder = folder_of(run)
-    assert line.endswith(f"has not got everything: upload the rest with `wandb sync {os.path.relpath(folder, tmp_path)}`")  # fmt: skip
+    assert line.endswith(f"has not got everything: upload the rest with `wandb sync --include-online {os.path.relpath(folder, tmp_path)}`")  # fmt: skip
     assert history(folder) == metrics(run)
     with WandbServer() as other:
-        synced = command("-m", "wandb", "sync", str(folder), cwd=tmp_path, **other.environment())
+        synced = command(
+            "-m", "wandb", "sync", "--include-online", str(folder), cwd=tmp_path, **other.environment()
+        )
         assert synced.returncode == 0, synced.stderr
         (told,) = other.runs.values()
         assert told.numbers == metrics(run)
         assert told.exit_code == 0
 
 
-def test_a_slow_service_gets_everything_and_the_steps_do_not_wait(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_service_that_comes_back_has_everything(tmp_path: Path) -> None:
+    with WandbServer(after=1, then=503) as server:
+        mender = threading.Thread(target=server.mend, kwargs={"seconds": 4}, daemon=True)
+        mender.start()
+        run, done = train(tmp_path, "back", "logger.finish_timeout=120", environment=server.environment())
+        assert done.returncode == 0, done.stderr
+        assert not mender.is_alive()
+        (told,) = server.runs.values()
+        assert told.numbers == metrics(run)
+        assert told.exit_code == 0
+        (line,) = about_wandb(done)
+        assert line.startswith(f"W&B: {server.url}/")
+        assert "wandb sync" not in line
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_in_its_own_wandb_run(tmp_path: Path) -> None:
+    with WandbServer() as server:
+        run, first = train(tmp_path, "twice", environment=server.environment())
+        assert first.returncode == 0, first.stderr
+        told = ("resume=auto", "trainer.max_steps=6")
+        _, second = train(tmp_path, "twice", *told, environment=server.environment())
+        assert second.returncode == 0, second.stderr
+        (mirrored,) = server.runs.values()
+    trained = {(step, value) for step, name, value in metrics(run) if name == "train/loss"}
+    assert {step for step, _ in trained} == set(range(1, 7))
+    assert {(step, value) for step, name, value in mirrored.numbers if name == "train/loss"} == trained
+
+
+@pytest.mark.slow
+def test_a_slow_service_gets_everything(tmp_path: Path) -> None:
     with WandbServer(delay=0.5) as server:
         run, done = train(tmp_path, "slow", environment=server.environment())
         assert done.returncode == 0, done.stderr
@@ -262,4 +297,5 @@ def test_a_full_disk_for_wandb_alone_costs_no_number(tmp_path: Path, size: str) 
     assert read_json(run.summary)["status"] == "finished"
     assert {step for step, name, _ in metrics(run) if name == "train/loss"} == set(range(1, 61))
     assert "Traceback" not in done.stderr
-    assert len([line for line in about_wandb(done) if "stopped mirroring" in line]) <= 1
+    (line,) = [line for line in about_wandb(done) if "metrics.jsonl" in line]
+    assert "No space left on device" in line

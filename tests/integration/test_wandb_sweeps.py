@@ -120,7 +120,9 @@ def test_wandb_sweep_and_wandb_agent_run_it(tmp_path: Path, name: str) -> None:
         assert created.returncode == 0, created.stderr
         assert yaml.safe_load(server.sweeps["sweep0"])["parameters"] == config["parameters"]
         server.offer(list(drawn.items()))
-        done = command("-m", "wandb", "agent", "--count", "2", "tester/swept/sweep0", **environment)
+        done = command(
+            "-m", "wandb", "agent", "--count", "2", "tester/swept/sweep0", timeout=900, **environment
+        )
         assert done.returncode == 0, done.stderr
         assert server.runs.keys() == drawn.keys(), done.stderr
         for run_id, values in drawn.items():

@@ -145,11 +145,9 @@ def test_a_failure_is_one_line_and_never_the_runs(
         raise OSError("No space left on device\nand more")
 
     tracker = make_tracker()
-    run = tracker._run
     monkeypatch.setattr(wandb, "Html", fail)
     tracker.data(data_report, examples)
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish(0)
-    run.finish()
     (line,) = [line for line in said if "stopped" in line]
     assert line == "W&B: stopped mirroring (No space left on device); every number is in metrics.jsonl"

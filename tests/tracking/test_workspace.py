@@ -23,7 +23,7 @@ METRICS = {  # design.md, section 5, and what summary.json has besides
     *("perf/tokens_per_second", "perf/tokens_per_second_median"),
     *(f"memory/{phase}/{kind}" for phase in PHASES for kind in ("peak_gb", "planned_gb")),
     *("memory/vram_allocated_gb", "memory/vram_reserved_gb", "memory/rss_gb", "memory/peak_gb"),
-    "model/params_trainable",
+    *("model/params_trainable", "best/val_loss"),
 }
 MEDIA = {"samples", "data/examples", "data/mask_preview"}
 
@@ -57,7 +57,7 @@ def test_the_parallel_coordinates_stand_for_what_was_varied() -> None:
     (plot,) = [p for p in panels_of(spec)["Sweep"] if p["viewType"] == "Parallel Coordinates Plot"]
     columns = [column["accessor"] for column in plot["config"]["columns"]]
     assert columns[:3] == ["config:optim.value.lr", "config:adapter.value.rank", "config:adapter.value.alpha"]
-    assert columns[-1] == "summary:val/loss"
+    assert columns[-1] == "summary:best/val_loss"
     for key in VARIED:
         group, _, name = key.partition(".")
         assert (CONF / group).is_dir() or not name

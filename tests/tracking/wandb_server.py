@@ -30,7 +30,7 @@ def numbers(rows: Iterable[Mapping[str, Any]], *, step: str) -> set[tuple[int, s
         (row[step], name, value)
         for row in rows
         for name, value in row.items()
-        if "/" in name and name != step and isinstance(value, int | float)
+        if "/" in name and "." not in name and name != step and isinstance(value, int | float)
     }
 
 
@@ -99,6 +99,7 @@ class WandbServer:
         self.status, self.after, self.then, self.delay = status, after, then, delay
         self.requests: list[Request] = []
         self.runs: dict[str, Run] = {}
+        self.artifacts: dict[str, bytes] = {}
         self.views: list[dict[str, Any]] = []
         self.sweeps: dict[str, str] = {}
         self.unknown: set[str] = set()
@@ -121,9 +122,17 @@ class WandbServer:
         self._server.shutdown()
         self._server.server_close()
 
-    def environment(self, **more: str) -> dict[str, str]:
+    def environment(self, **more: str) -> dict[str, Any]:
         """What makes a child process take this server for W&B."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online", **more}
+
+    def mend(self, *, seconds: float) -> None:
+        """Wait until it answers with an error, and that long; then it is as new."""
+        while self.status == 200:
+            time.sleep(0.1)
+        time.sleep(seconds)
+        with self._lock:
+            self.status, self.after = 200, None
 
     def offer(self, runs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         """Runs for an agent to start, one after another: (run id, values by parameter)."""
@@ -153,7 +162,7 @@ class WandbServer:
                 return 200, self._graphql(json.loads(request.body))
             if request.method == "PUT":
                 _, _, run, name = request.path.split("/", 3)
-                self.runs.setdefault(run, Run()).uploads[name] = request.body
+                (self.runs[run].uploads if run in self.runs else self.artifacts)[name] = request.body
             return 200, {}
 
     def _file_stream(self, request: Request) -> dict[str, Any]:
@@ -179,6 +188,9 @@ class WandbServer:
     def _on_Viewer(self, _: Mapping[str, Any]) -> dict[str, Any]:
         viewer = {"id": "1", "entity": ENTITY, "username": ENTITY, "name": ENTITY, "email": "", "flags": "{}"}
         return {"viewer": {**viewer, "admin": False, "apiKeys": {"edges": []}, "teams": {"edges": []}}}
+
+    def _on_GetDefaultEntity(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        return self._on_Viewer(told)
 
     def _on_ServerFeaturesQuery(self, _: Mapping[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
@@ -227,7 +239,13 @@ class WandbServer:
     def _on_RunStoppedStatus(self, _: Mapping[str, Any]) -> dict[str, Any]:
         return {"project": {"run": {"stopped": False}}}
 
+    def _on_OrganizationCoreWeaveOrganizationID(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {"entity": {"organization": None}}
+
     # --- artifacts: a logged table is one -----------------------------------------------------------------------
+
+    def _on_ArtifactType(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}  # none of that name yet
 
     def _on_CreateArtifact(self, _: Mapping[str, Any]) -> dict[str, Any]:
         artifact = {"id": "artifact", "state": "PENDING", "artifactSequence": {"latestArtifact": None}}

@@ -2,7 +2,9 @@
 
 Never a prompt, never a failed run and never a long wait: without a key it works offline from the first second; a service
 that is away costs `init_timeout` at the start, or `finish_timeout` at the end if it goes away later; whatever the library
-raises is said once and turns it off, because metrics.jsonl already has every number. `wandb` is imported only when used.
+raises is said once and turns it off, because metrics.jsonl already has every number. Numbers go to the library's own
+process, which sends them when it can; of a table the library asks its server first, which takes as long as the server
+does, so tables have a thread. `wandb` is imported only when used.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import contextlib
 import io
 import netrc
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +23,7 @@ from pydantic import Field
 from lmlab.records import OF_A_MULTIRUN, Sample
 from lmlab.registry import Config
 from lmlab.tracking.data_view import DataView
+from lmlab.tracking.errands import Errands
 from lmlab.tracking.layer_plots import HeatMap, heat_maps, picture
 from lmlab.tracking.values import writable
 
@@ -99,19 +103,26 @@ class WandbTracker:
         self._run: Any = None
         self._rows: list[list[Any]] = []
         self._incomplete = False
+        self._errands = Errands()
         self.mode = self._mode()
         if self.mode == "disabled":
             return
         about = {"settings": settings, "tags": [*tags, *config.tags], "job_type": job_type}
         if self.mode == "online":
+            before = self._online_folders()
             try:
                 self._open(**about)
                 return
             except Exception as error:  # a server that is away, a key that is wrong: the run must not care
                 say(f"W&B: cannot go online ({_first_line(error)}), so this run is recorded offline")
                 self.mode = "offline"
-                self._guard(_forget_all)
+                _end_service()
+                for empty in self._online_folders() - before:
+                    shutil.rmtree(empty, ignore_errors=True)
         self._guard(lambda: self._open(**about))
+
+    def _online_folders(self) -> set[Path]:
+        return set(self.run_dir.glob("wandb/run-*"))
 
     def _mode(self) -> str:
         """``auto`` decided: the library's own switch, which its users know, then whether there is a key."""
@@ -132,36 +143,36 @@ class WandbTracker:
         import wandb
 
         config = self._config
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            group=config.group,
-            job_type=job_type,
-            name=self.run_dir.name,
-            notes=config.notes,
-            id=self.run_id,
-            resume="allow" if self.mode == "online" else None,
-            dir=str(self.run_dir),
-            config=dict(settings),
-            tags=[tag[:64] for tag in tags],
-            mode=self.mode,  # type: ignore[arg-type]
-            reinit="create_new",
-            settings=wandb.Settings(
-                silent=True,
-                init_timeout=config.init_timeout,  # the library's own are 90 seconds, and for ever
-                finish_timeout=config.finish_timeout,
-                finish_timeout_raises=True,
-                console="off",
-                disable_git=True,
-                save_code=False,
-                x_save_requirements=False,
-            ),
-        )
+        with _without_slurm():
+            self._run = wandb.init(
+                project=config.project,
+                entity=config.entity,
+                group=config.group,
+                job_type=job_type,
+                name=self.run_dir.name,
+                notes=config.notes,
+                id=self.run_id,
+                resume="allow" if self.mode == "online" else None,
+                dir=str(self.run_dir),
+                config=dict(settings),
+                tags=[tag[:64] for tag in tags],
+                mode=self.mode,  # type: ignore[arg-type]
+                reinit="create_new",
+                settings=wandb.Settings(
+                    silent=True,
+                    init_timeout=config.init_timeout,  # the library's own are 90 seconds, and for ever
+                    finish_timeout=config.finish_timeout / 2,  # the other half is for the tables
+                    finish_timeout_raises=True,
+                    console="off",
+                    disable_git=True,
+                    save_code=False,
+                    x_save_requirements=False,
+                ),
+            )
         wandb.termsetup(self._run.settings, _Listener(self._hear))
         self._beside_swept(settings)
         self._run.define_metric("trainer/step")
         self._run.define_metric("*", step_metric="trainer/step")
-        self._run.define_metric("val/loss", step_metric="trainer/step", summary="min")
 
     def _beside_swept(self, settings: Mapping[str, Any]) -> None:
         """Put back what a sweep's own value hides: with ``adapter=lora`` W&B keeps "lora" alone under ``adapter``."""
@@ -183,18 +194,14 @@ class WandbTracker:
         if self._run is None or not samples:
             return
         self._rows += [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
+        rows: list[Any] = list(self._rows)
 
-        def table() -> None:
+        def table() -> dict[str, Any]:
             import wandb
 
-            self._run.log(
-                {
-                    "trainer/step": step,
-                    "samples": wandb.Table(columns=list(SAMPLE_COLUMNS), data=list(self._rows)),
-                }
-            )
+            return {"samples": wandb.Table(columns=list(SAMPLE_COLUMNS), data=rows)}
 
-        self._guard(table)
+        self._media(step, table)
 
     def data(self, report: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> None:
         """Mirror what the run is trained on, before its first step.
@@ -209,17 +216,17 @@ class WandbTracker:
         if self._run is None:
             return
         view = DataView.of(report, list(examples))
+        self.summary({f"data/{name}": value for name, value in view.figures.items()})
 
-        def mirror() -> None:
+        def lengths_and_examples() -> dict[str, Any]:
             import wandb
 
             from lmlab.tracking.report import mask_page
 
-            self._run.summary.update({f"data/{name}": value for name, value in view.figures.items()})
-            logged: dict[str, Any] = {"trainer/step": 0}
+            made: dict[str, Any] = {}
             if view.lengths:
                 histogram = (list(view.lengths.counts), list(view.lengths.edges))
-                logged["data/lengths"] = wandb.Histogram(np_histogram=histogram)  # type: ignore[arg-type]
+                made["data/lengths"] = wandb.Histogram(np_histogram=histogram)  # type: ignore[arg-type]
             if view.examples:
                 rows: list[Any] = [
                     [
@@ -231,12 +238,32 @@ class WandbTracker:
                     ]
                     for e in view.examples
                 ]
-                logged["data/examples"] = wandb.Table(columns=list(EXAMPLE_COLUMNS), data=rows)
+                made["data/examples"] = wandb.Table(columns=list(EXAMPLE_COLUMNS), data=rows)
                 page = writable(mask_page(view.examples), UTF8)
-                logged["data/mask_preview"] = wandb.Html(page, inject=False, data_is_not_path=True)
-            self._run.log(logged)
+                made["data/mask_preview"] = wandb.Html(page, inject=False, data_is_not_path=True)
+            return made
 
-        self._guard(mirror)
+        self._media(0, lengths_and_examples)
+
+    def _media(self, step: int, make: Callable[[], dict[str, Any]]) -> None:
+        """Log what ``make`` builds: at once if offline, else by the thread, as the library asks the server about tables."""
+        run = self._run
+        if run is None:
+            return
+
+        def log(*, ask: bool) -> None:
+            import wandb
+
+            made = make()
+            for name, value in made.items():
+                if isinstance(value, wandb.Table) and not ask:
+                    value.bind_to_run(run, name, step)  # then it is a file of the run, no artifact
+            run.log({"trainer/step": step, **made})
+
+        if self.mode == "online":
+            self._errands.add(lambda: log(ask=True), instead=lambda: self._guard(lambda: log(ask=False)))
+        else:
+            self._guard(lambda: log(ask=True))
 
     def layers(self) -> None:
         """Mirror layers.jsonl as heat maps, when the run is over."""
@@ -267,10 +294,15 @@ class WandbTracker:
 
     def finish(self, exit_code: int) -> None:
         """Close the run, as failed if ``exit_code`` is not 0, and say where it is."""
-        if self._run is None:
+        if self.mode == "disabled":
             return
+        self._errands.finish(self._config.finish_timeout / 2)
+        if self._run is None or not self._close(exit_code):
+            _end_service()  # left to the interpreter's exit, a broken one ends in a traceback
+
+    def _close(self, exit_code: int) -> bool:
         run, self._run = self._run, None
-        folder = os.path.relpath(Path(run.dir).parent)
+        folder = Path(run.dir).parent
         url = run.url if self.mode == "online" else None
 
         def finish() -> None:
@@ -280,13 +312,20 @@ class WandbTracker:
                 self._incomplete = True
 
         if not self._guard(finish):
-            return
-        if url and self._incomplete:
-            self._say(f"W&B: {url} has not got everything: upload the rest with `wandb sync {folder}`")
+            return False
+        shown = os.path.relpath(folder)
+        if reason := _no_room(folder):
+            self._say(f"W&B: {shown} has not got everything ({reason}); every number is in metrics.jsonl")
+        elif url and self._incomplete:
+            sync = (
+                f"wandb sync --include-online {shown}"  # without that it passes over a run that began online
+            )
+            self._say(f"W&B: {url} has not got everything: upload the rest with `{sync}`")
         elif url:
             self._say(f"W&B: {url}")
         else:
-            self._say(f"W&B: look with `wandb leet run {folder}`, upload with `wandb sync {folder}`")
+            self._say(f"W&B: look with `wandb leet run {shown}`, upload with `wandb sync {shown}`")
+        return True
 
     def _guard(self, call: Callable[[], None]) -> bool:
         """Make a W&B call; the first exception is said in one line and ends the mirroring, never the run."""
@@ -303,15 +342,44 @@ class _Listener:
     """Takes what the library would print, were it not silent."""
 
     def __init__(self, hear: Callable[[str], None]) -> None:
-        self.info = self.warning = self.error = hear
+        self._hear = hear
+
+    def warning(self, msg: str) -> None:
+        self._hear(msg)
+
+    info = error = warning
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def _forget_all() -> None:
-    """End the library's service: a run that was opened by half lives on in it under its id."""
+@contextlib.contextmanager
+def _without_slurm() -> Iterator[None]:
+    """The library's process copies every SLURM_... that it was started with into the run's metadata, SLURM_JWT too."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("SLURM_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _no_room(folder: Path) -> str | None:
+    """Why nothing more can be written there; the library, which writes on, does not say."""
+    probe = folder / ".room"
+    try:
+        probe.write_bytes(bytes(1 << 16))
+        return None
+    except OSError as error:
+        return error.strerror
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+
+
+def _end_service() -> None:
+    """End the library's own process, in which a run that was opened by half lives on under its id."""
     import wandb
 
-    wandb.teardown()
+    with contextlib.suppress(Exception, SystemExit):
+        wandb.teardown()

@@ -20,6 +20,7 @@ STEP = "trainer/step"
 QUALITY = ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte", "val/exact_match")
 OPTIMIZATION = ("train/grad_norm", "train/lr")
 LEVELS = ("memory/rss_gb", "memory/vram_allocated_gb", "memory/vram_reserved_gb")
+BEST = "best/val_loss"
 COSTS = ("model/params_trainable", "memory/peak_gb", "perf/tokens_per_second_median")
 VARIED = ("adapter.kind", "quant.kind", "adapter.rank", "optim.lr", "seed")
 """Keys of the config that runs are compared by where no sweep says which."""
@@ -50,14 +51,12 @@ def build_workspace(project: str, *, entity: str, varied: Sequence[str] = VARIED
     columns = [
         *(panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in varied),
         *(panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(name)) for name in COSTS),
-        panels.ParallelCoordinatesPlotColumn(
-            metric=panels.SummaryMetric("val/loss"), display_name="val/loss"
-        ),
+        panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(BEST)),
     ]
     scatter = panels.ScatterPlot(
-        title="val/loss against peak memory",
+        title="best val/loss against peak memory",
         x=panels.SummaryMetric("memory/peak_gb"),
-        y=panels.SummaryMetric("val/loss"),
+        y=panels.SummaryMetric(BEST),
     )
     against = [lines("val/loss", x=x, title=f"val/loss against {x}") for x in ("train/tokens", "train/flops")]
     sections = {
@@ -80,7 +79,7 @@ def build_workspace(project: str, *, entity: str, varied: Sequence[str] = VARIED
             panels.ParallelCoordinatesPlot(
                 title="what was varied, what it cost, what it gave", columns=columns
             ),
-            panels.ParameterImportancePlot(with_respect_to="val/loss"),
+            panels.ParameterImportancePlot(with_respect_to=BEST),
             scatter,
             panels.RunComparer(diff_only="split"),
         ],
