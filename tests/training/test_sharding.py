@@ -159,9 +159,10 @@ def sharded_cases(records: str, root: str) -> dict[str, Any]:
 
 def nonfinite(records: Path, root: Path) -> str:
     """What a gradient that is no number, on the second rank only, says on each."""
-    module = sft_module(built("none"))
+    model = built("none")
+    module = sft_module(model)
     if int(os.environ["RANK"]) == 1:
-        module.model.model.norm.register_full_backward_hook(lambda *told: (told[1][0] * float("nan"),))
+        model.model.norm.register_full_backward_hook(lambda *told: (told[1][0] * float("nan"),))
     chosen = options(2, 1, devices=2, strategy="fsdp")
     trainer = trainer_for(chosen, root, max_steps=2, world_size=2)
     try:
