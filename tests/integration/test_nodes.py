@@ -120,6 +120,8 @@ def test_two_nodes_under_torchrun(
             *torchrun,
             "--local-addr",
             f"10.77.0.{number}",
+            "--rdzv-conf",  # on a node of its own torchrun sees by its host's name whether it is the first
+            f"is_host={int(number == 1)}",
             "-m",
             "lmlab.worker",
             str(run.path),
