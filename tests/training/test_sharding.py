@@ -39,6 +39,7 @@ from lmlab.training.checkpoint import Checkpoints, FolderCheckpointIO, verify_ch
 from lmlab.training.datamodule import LMDataModule
 from lmlab.training.options import AdamW, CheckpointConfig
 
+pytestmark = pytest.mark.slow
 RELATIVE = 1e-5  # fp32, sums in another order
 BF16 = 3e-2  # products and weights rounded to 8 bits; 4e-3 measured
 CASES = [
