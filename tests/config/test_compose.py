@@ -156,11 +156,6 @@ def test_compiled_layers_do_not_recompute_over_a_quantized_base(run_config: Comp
         run_config(*asked, "model.gradient_checkpointing=true")
 
 
-def test_fsdp_is_not_offered_yet(run_config: Compose) -> None:
-    with pytest.raises(UserError, match=r"'deepspeed' is not allowed \(trainer.strategy\)"):
-        run_config("trainer.strategy=deepspeed")
-
-
 @pytest.mark.parametrize(
     "overrides",
     [

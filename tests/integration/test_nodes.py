@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.integration.test_processes import QUICK
 
 TOLD = (*QUICK, "adapter=lora", "optim=sgd", "trainer.batch_size=2")
 RELATIVE = 1e-6
-SBATCH = {
+SBATCH: dict[str, Any] = {
     "SLURM_JOB_ID": "4711",
     "SLURM_JOB_NAME": "train",
     "SLURM_NTASKS": "2",
@@ -119,6 +120,8 @@ def test_two_nodes_under_torchrun(
             *torchrun,
             "--local-addr",
             f"10.77.0.{number}",
+            "--rdzv-conf",  # on a node of its own torchrun sees by its host's name whether it is the first
+            f"is_host={int(number == 1)}",
             "-m",
             "lmlab.worker",
             str(run.path),
@@ -187,7 +190,7 @@ def test_train_py_inside_a_batch_script(tmp_path: Path, devices: int, request: p
 
 def test_srun_with_another_number_of_tasks_is_refused(tmp_path: Path) -> None:
     run = prepared(tmp_path, "three", "trainer.num_nodes=2")
-    step = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "localhost"}
+    step: dict[str, Any] = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "localhost"}
     done = command("-m", "lmlab.worker", str(run.path), **SBATCH, **step)
     assert done.returncode == 2
     assert (

@@ -168,10 +168,9 @@ def test_shares_against_one_process(sharded: dict[str, RunDir], case: str, kind:
     one, other = sharded[f"{case} alone"], sharded[f"{case} {kind}"]
     assert weights(one).keys() == weights(other).keys()
     assert distance(weights(one), weights(other)) < RELATIVE
-    for name in ("train/loss", "train/grad_norm", "val/exact_match", "test/loss"):
+    for name in ("train/loss", "train/grad_norm", "val/loss", "val/exact_match"):
         assert logged(other, name) == pytest.approx(logged(one, name), rel=RELATIVE)
-    # At step 3 a run that ends there validates too.
-    assert logged(other, "val/loss") == pytest.approx(logged(one, "val/loss"), rel=RELATIVE)
+    assert logged(other, "test/loss")[-1] == pytest.approx(logged(one, "test/loss")[-1], rel=RELATIVE)
     assert newest_checkpoint(other.checkpoints) == other.checkpoints / f"step-{STEPS:08d}"
 
 

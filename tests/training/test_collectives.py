@@ -22,6 +22,8 @@ from lightning.pytorch import Callback
 from lmlab.models.attention import use_packed_attention
 from lmlab.training.datamodule import LMDataModule
 
+pytestmark = pytest.mark.slow
+
 
 class Steps(Callback):
     """Counts collectives of the steps alone, validation and start aside."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,18 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from lmlab.generation.decode import generate
 from lmlab.generation.samplers import GreedySampler, TemperatureSampler
+from lmlab.journal import RunDir
 from lmlab.models.adapters import Lora
 from lmlab.models.attention import attention, use_packed_attention
 from lmlab.models.build import enable_checkpointing
 from lmlab.models.fused import use_fused_layers
 from lmlab.models.sharding import same_logits, shard_model, whole_weights
 from lmlab.records import RunFailedError
-from lmlab.training.checkpoint import FolderCheckpointIO, verify_checkpoint
+from lmlab.training.checkpoint import Checkpoints, FolderCheckpointIO, verify_checkpoint
 from lmlab.training.datamodule import LMDataModule
-from lmlab.training.options import AdamW
+from lmlab.training.options import AdamW, CheckpointConfig
 
+pytestmark = pytest.mark.slow
 RELATIVE = 1e-5  # fp32, sums in another order
 BF16 = 3e-2  # products and weights rounded to 8 bits; 4e-3 measured
 CASES = [
@@ -98,6 +101,16 @@ def fitted(
     precision = "bf16" if case == "none-bf16" else "fp32"
     trainer = trainer_for(chosen, root, max_steps=steps, precision=precision, world_size=ranks)
     data = LMDataModule(prepared, chosen, seed=SEED, flat=True)
+    trainer.callbacks.append(  # without it micro-batches would be counted as they were cut before
+        Checkpoints(
+            RunDir(root / "run"),
+            CheckpointConfig(every_n_steps=None, keep=1, on_error="raise"),
+            save_weights=lambda folder, weights: None,
+            max_steps=steps,
+            val_every_n_steps=chosen.val_every_n_steps,
+            pause=nullcontext,
+        )
+    )
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     trainer.save_checkpoint(root / f"{name or case}-{ranks}-{steps}")
     return module, trainer
@@ -147,9 +160,10 @@ def sharded_cases(records: str, root: str) -> dict[str, Any]:
 
 def nonfinite(records: Path, root: Path) -> str:
     """What a gradient that is no number, on the second rank only, says on each."""
-    module = sft_module(built("none"))
+    model = built("none")
+    module = sft_module(model)
     if int(os.environ["RANK"]) == 1:
-        module.model.model.norm.register_full_backward_hook(lambda *told: (told[1][0] * float("nan"),))
+        model.model.norm.register_full_backward_hook(lambda *told: (told[1][0] * float("nan"),))
     chosen = options(2, 1, devices=2, strategy="fsdp")
     trainer = trainer_for(chosen, root, max_steps=2, world_size=2)
     try:

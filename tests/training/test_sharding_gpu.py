@@ -33,7 +33,8 @@ def sharded_gradients(records: str) -> dict[str, float]:
     try:
         device = torch.device("cuda", rank)
         batch = collate_flat(rows_of_steps(prepared_data(Path(records)), 8)).to(device)
-        plain: Any = tiny_model().to(device)
+        plain: Any = tiny_model()
+        plain.to(device)
         use_packed_attention(plain)
         loss_sum(plain, batch).backward()
         expected = {name: p.grad for name, p in plain.named_parameters()}

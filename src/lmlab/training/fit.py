@@ -50,7 +50,7 @@ def build_trainer(
     # Counted in micro-batches; a rhythm beyond the end would be refused by Lightning for finite loaders only.
     every = options.val_every_n_steps * options.accumulate_grad_batches
     strategy = build_strategy(options.strategy, hardware, world_size=world_size)
-    return Trainer(
+    trainer = Trainer(
         accelerator="gpu" if hardware.device.type == "cuda" else "cpu",
         devices=options.devices,
         num_nodes=options.num_nodes,
@@ -78,6 +78,13 @@ def build_trainer(
         default_root_dir=str(root),
         inference_mode=False,  # an inference tensor cached by a layer would break the next training step
     )
+    # Lightning's is a blocking broadcast in every micro-batch, of a signal that `GracefulStop` takes before it is seen there.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+    return trainer
+
+
+def _nothing() -> None:
+    """In the place of what is done elsewhere."""
 
 
 def _quiet() -> None:

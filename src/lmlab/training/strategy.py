@@ -39,7 +39,10 @@ def build_strategy(name: str, hardware: Hardware, *, world_size: int) -> Strateg
         dtype = hardware.compute_dtype if hardware.autocast else None
         return ShardedStrategy(backend, world_size=world_size, param_dtype=dtype)
     return DDPStrategy(
-        process_group_backend=backend, find_unused_parameters=False, gradient_as_bucket_view=True
+        process_group_backend=backend,
+        find_unused_parameters=False,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # a language model's are constants (rotary tables): one send per micro-batch for nothing
     )
 
 
