@@ -23,6 +23,7 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
     {"training"},
     {"config"},
     {
+        "announce",
         "worker",
         "start",
         "checks",

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from lmlab import announce
 from lmlab.config.schema import RunConfig, mixed_precision_instead, world_size
 from lmlab.data.prepared import PreparedData
 from lmlab.journal import Journal, RunDir, read_json, write_json
@@ -112,7 +111,8 @@ class Session:
         self.figures.update(built.figures)
         self._open_tracker()
         max_steps = config.trainer.steps(prepared.meta["report"]["rows"]["train"])
-        self._print_start(built, prepared, hardware, max_steps)
+        if self.rank == 0:
+            announce.start(self.console, self.run, config, prepared, built, max_steps, self.figures)
         resume_from, step = self._resume_from()
         if self.rank == 0:
             if resume_from is None:
@@ -266,73 +266,6 @@ class Session:
         if self.tracker.run_id != info["wandb_id"]:  # the one a sweep's agent has drawn
             write_json(self.run.info, {**info, "wandb_id": self.tracker.run_id})
 
-    def _print_start(self, built: Any, prepared: PreparedData, hardware: Any, max_steps: int) -> None:
-        if self.rank != 0:
-            return
-        from lmlab.tracking.terminal import print_data
-
-        config, report, figures = self.config, prepared.meta["report"], self.figures
-        trained = figures["model/params_trainable"] / figures["model/params_total"]
-        rows = [
-            ("task", f"{config.task}, seed {config.seed}"),
-            (
-                "model",
-                f"{config.model.label}: {figures['model/params_total']:,} parameters, {figures['model/params_trainable']:,} trained ({trained:.2%})",
-            ),
-            (
-                "adapter",
-                f"{config.adapter.kind} over {config.quant.kind} ({figures['model/base_bits_per_param']:.2f} bits per parameter)",
-            ),
-            (
-                "data",
-                f"{config.data.kind} as {prepared.meta['format']}: {report['train']['records']:,} + {report['val']['records']:,} validation records, "
-                f"{report['tokens']:,} tokens, {report['supervised_tokens'] / max(1, report['tokens']):.0%} trained",
-            ),
-            (
-                "steps",
-                f"{max_steps} of {config.trainer.rows_per_step} {'windows' if prepared.meta['stream'] else 'packed rows' if prepared.packed else 'examples'}"
-                + (
-                    f" ({world_size(config)} ranks, {'fsdp' if config.trainer.strategy == 'fsdp' else 'ddp'})"
-                    if world_size(config) > 1
-                    else ""
-                ),
-            ),
-            ("optimizer", f"{built.optim.name}, lr {built.optim.lr:g}, {built.optim.schedule}"),
-            *built.policy,
-            ("output", os.path.relpath(self.run.path)),
-        ]
-        table = Table(show_header=False, box=None, pad_edge=False)
-        table.add_column(style="bold", min_width=8)  # as wide as that of the data block below it
-        table.add_column(overflow="fold")
-        for name, value in rows:
-            table.add_row(name, value)
-        self.console.print(table, highlight=False)
-        for note in self._notes(prepared, max_steps):
-            self.say(f"note: {note}")
-        preview = os.path.relpath(self.run.mask_preview)
-        masked = config.task == "sft"
-        print_data(self.console, report, prepared.examples, masked=masked, preview=preview)
-
-    def _notes(self, prepared: PreparedData, max_steps: int) -> list[str]:
-        """Settings that are allowed and probably not meant."""
-        trainer, warmup, notes = self.config.trainer, self.config.optim.warmup_steps, []
-        rows = prepared.meta["report"]["rows"]["train"]
-        if trainer.rows_per_step > rows:
-            notes.append(
-                f"a step of {trainer.rows_per_step} rows sees the {rows} training rows more than once"
-            )
-        if self.config.data.packing and prepared.meta["stream"]:
-            notes.append("data.packing=true changes nothing here: windows of a text stream are always full")
-        if self.config.data.kind == "shards":
-            notes.append(
-                "data.val_fraction is that of the shards: their validation side was drawn when they were made"
-            )
-        if warmup >= max_steps:
-            notes.append(
-                f"optim.warmup_steps={warmup} is not over in {max_steps} steps: the peak learning rate is never reached"
-            )
-        return notes
-
     # --- the end ------------------------------------------------------------------------------------------------
 
     def close(self, code: int, reason: str) -> None:
@@ -357,13 +290,13 @@ class Session:
             self.say(f"warning: summary.json cannot be written ({error.strerror})")
         if self.journal is not None:
             self.journal.close()
-        self._print_samples()
+        announce.samples(self.console, self.samples)
         if self.tracker is not None:
             self.tracker.layers()
             self.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
             self.tracker.finish(code)
         self._report()
-        self._print_end(status, summary)
+        announce.end(self.console, self.run, status, summary)
 
     def _report(self) -> None:
         try:
@@ -374,30 +307,3 @@ class Session:
             Exception
         ) as error:  # a page that cannot be drawn must not turn a finished run into a failed one
             self.say(f"warning: report.html was not written: {type(error).__name__}: {error}")
-
-    def _print_samples(self) -> None:
-        if not self.samples:
-            return
-        table = Table(title=f"samples at step {self.samples[0].step}", show_lines=True)
-        for column in ("prompt", "sampler", "text"):
-            table.add_column(column, overflow="fold")
-        for sample in self.samples:
-            table.add_row(*(Text(_clip(t)) for t in (sample.prompt, sample.sampler, sample.text)))
-        self.console.print(table, highlight=False)
-
-    def _print_end(self, status: str, summary: Mapping[str, Any]) -> None:
-        best, step = summary.get("best/val_loss"), summary.get("best/step")
-        if best is not None:
-            self.say(f"{status}: best val/loss {best:.4f} at step {step}, peak memory {self._peak_gb:.2f} GB")
-        where = os.path.relpath(self.run.path)
-        made = "model" if self.config.adapter.kind == "none" else "adapter"
-        if (self.run.path / made).exists():
-            best_too = f" (best: {where}/best/{made})" if (self.run.best / made).exists() else ""
-            self.say(f"weights: {where}/{made}{best_too}")
-            self.say(f"try it: python scripts/generate.py {where} --prompt '...'")
-        if self.run.report.exists():
-            self.say(f"report: {where}/report.html")
-
-
-def _clip(text: str, length: int = 300) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
