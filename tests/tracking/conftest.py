@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import small_run
 
 from lmlab.tracking import group_plots, plots
 from lmlab.tracking.groups import Entry
+
+from .pages import small_run
 
 HOSTILE = '<script>alert(1)</script> & "q" [bold red]not markup[/] \x1b[31mred\x07 \u202eturned\u202c שלום 😀'
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import groups_of, page_of, small_run
 
 from lmlab.tracking import claims
 from lmlab.tracking.groups import Entry
+
+from .pages import groups_of, page_of, small_run
 
 
 def verdicts(entries: list[Entry]) -> dict[str, str]:

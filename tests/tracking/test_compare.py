@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import yaml
-from pages import HOSTILE, Page, page_of, script, small_run, write_json, write_lines
 
 from lmlab.records import Sample, UserError
 from lmlab.tracking import compare, group_plots, groups
 from lmlab.tracking.compare import render, write_comparison
 from lmlab.tracking.groups import Entry, read_result
 from lmlab.tracking.results import FIGURES, entries_of, rows_of, write_results
+
+from .pages import HOSTILE, Page, page_of, script, small_run, write_json, write_lines
 
 # --- the page -------------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from pages import small_run
 
 from lmlab.tracking.compare import write_comparison
 from lmlab.tracking.groups import Entry
+
+from .pages import small_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")]

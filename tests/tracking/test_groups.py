@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pages import groups_of, page_of, small_run
 
 from lmlab.tracking import claims, curves, group_plots, groups, plots
 from lmlab.tracking.groups import MAX_COLOURED, Entry
+
+from .pages import groups_of, page_of, small_run
 
 
 def test_runs_that_differ_only_in_their_seed_are_one_group(ablation: list[Entry]) -> None:

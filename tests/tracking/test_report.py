@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import HOSTILE, Page, metric_rows, script, write_json, write_lines, write_run
 
 from lmlab.records import Sample, UserError
 from lmlab.tracking import plots
 from lmlab.tracking.report import RunFiles, flatten, read_run, render, sample_groups, status, write_report
+
+from .pages import HOSTILE, Page, metric_rows, script, write_json, write_lines, write_run
 
 
 def page_of(run_dir: Path) -> Page:
