@@ -94,6 +94,13 @@ def test_the_script_saves_it_or_writes_it(tmp_path: Path) -> None:
     assert "set WANDB_API_KEY" in written.stdout
     local = json.loads((tmp_path / "mine-workspace.json").read_text(encoding="utf-8"))
     assert panels_of(local).keys() == panels_of(spec).keys()
+
+
+@pytest.mark.slow
+def test_a_service_that_is_away_is_one_line(tmp_path: Path) -> None:
+    with WandbServer() as server:
+        online = server.environment(HOME=str(tmp_path))
+    script = str(CONF.parent / "scripts" / "workspace.py")
     refused = command(script, "mine", "--entity", "e", cwd=tmp_path, **online)  # nobody listens any more
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("error: W&B did not take the workspace: ")
