@@ -93,7 +93,7 @@ class RunDir:
                 "not a directory", where=str(self.path), fix="choose another run_name or output_root"
             )
         if self.path.exists() and any(self.path.iterdir()):
-            holder = self._holder()
+            holder = self.holder()
             if holder:
                 raise self._held(holder)
             is_run = any(file.exists() for file in (self.config, self.info, self.lock))
@@ -155,7 +155,7 @@ class RunDir:
                     for folder in (self.path, self.best, self.checkpoints):
                         remove_leftovers(folder)
                     return
-                holder = self._holder()
+                holder = self.holder()
                 if holder:
                     raise self._held(holder)
                 self.lock.unlink(missing_ok=True)
@@ -186,7 +186,7 @@ class RunDir:
             fix=f"wait for it, or choose another run_name; if it is gone, delete {self.lock.name} there",
         )
 
-    def _holder(self) -> str | None:
+    def holder(self) -> str | None:
         """Host and pid of a living process that holds the lock, else None."""
         held = read_json(self.lock)
         try:

@@ -102,6 +102,10 @@ class Session:
         )
         if hardware.device.type == "cpu":
             (return_freed_blocks if config.model.gradient_checkpointing else keep_freed_blocks)()
+        if self.rank == 0:  # sums are cut by them, so the last bits depend on it
+            info = read_json(self.run.info)
+            hardware_here = {**info.get("hardware", {}), "threads": torch.get_num_threads()}
+            write_json(self.run.info, {**info, "hardware": hardware_here})
         for seed in (torch.manual_seed, np.random.seed, random.seed):  # the latter two for plugins
             seed((config.seed + self.rank) % 2**32)
         meter = self.meter = MemoryMeter(on_cuda=hardware.device.type == "cuda")

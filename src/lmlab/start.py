@@ -370,7 +370,6 @@ def _environment() -> dict[str, Any]:
             "machine": platform.machine(),
             "system": platform.system(),
             "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),  # sums are cut by them, so the last bits depend on it
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }

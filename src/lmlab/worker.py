@@ -38,7 +38,7 @@ REQUEUE = 128 + signal.SIGUSR1
 
 def launch(run: RunDir, config: RunConfig) -> int:
     """Train the run in its directory, on as many processes as its config says; the exit code."""
-    with _patient_streams():
+    with patient_streams():
         return _launch(run, config)
 
 
@@ -233,7 +233,8 @@ class _Patient:
 
 
 @contextlib.contextmanager
-def _patient_streams() -> Iterator[None]:
+def patient_streams() -> Iterator[None]:
+    """Streams whose readers may go away without ending what is printed to them."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_Patient(stream) for stream in before)  # type: ignore[assignment]
     try:
@@ -254,19 +255,21 @@ def _short(error: Exception) -> str:
 
 
 def _end_with_launcher() -> None:
-    """A job of a multirun is told to save and stop when its launcher goes away, however that went (Linux)."""
-    launcher = os.environ.get(OF_A_MULTIRUN, "")
-    if not launcher.isdigit() or "RANK" in os.environ:
+    """A job of a multirun, and a rank, is told to save and stop when who started it goes away, however that went (Linux)."""
+    launcher, is_rank = os.environ.get(OF_A_MULTIRUN, ""), ranks.HAS_PARENT in os.environ
+    if not is_rank and not launcher.isdigit():
         return
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != int(launcher):  # gone already
+        if not is_rank and os.getppid() != int(launcher):  # gone already
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """``python -m lmlab.worker RUN_DIR``."""
     given: list[str] = sys.argv[1:] if arguments is None else arguments
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # also while the libraries are imported
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     _end_with_launcher()
     load_env()
     try:

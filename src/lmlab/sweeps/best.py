@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lmlab.journal import beside
 from lmlab.sweeps.search import STUDY, OptunaPoints
@@ -79,7 +80,7 @@ def _table(points: OptunaPoints, best: Sequence[FrozenTrial], told: str) -> Tabl
     table.add_column("python train.py", overflow="fold")
     for trial in best:
         values = [f"{value:.6g}" for value in trial.values]
-        table.add_row(str(trial.number), *values, shlex.join(_overrides(trial)))
+        table.add_row(str(trial.number), *values, Text(shlex.join(_overrides(trial))))
     return table
 
 

@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from lmlab.sweeps.jobs import Job, row_of
 from lmlab.tracking.results import FIGURES
@@ -71,7 +72,7 @@ class Board:
             step = f"{newest.get('step', 0)}/{job.steps}" if job.steps else str(newest.get("step", ""))
             figures = (("train/loss", ".4f"), ("val/loss", ".4f"), ("perf/tokens_per_second", ",.0f"))
             shown = [_number(newest.get(name), form) for name, form in figures]
-            table.add_row(job.label, job.status, step, *shown, f"{time.monotonic() - job.started:.0f}")
+            table.add_row(Text(job.label), job.status, step, *shown, f"{time.monotonic() - job.started:.0f}")
         ended = [job for job in self.jobs if job.status not in ("running", "waiting")]
         went_wrong = sum(job.went_wrong for job in ended)
         table.caption = f"{len(ended)} of {self.total} ended" + (
@@ -112,7 +113,7 @@ def outcome(jobs: Sequence[Job]) -> Table:
     for job in jobs:
         row = row_of(job)
         figures = [_number(row[name], form) for name, form in zip(FIGURES, forms, strict=True)]
-        table.add_row(job.label, job.status.split(":")[0], *figures, f"{job.seconds:.0f}")
+        table.add_row(Text(job.label), job.status.split(":")[0], *figures, f"{job.seconds:.0f}")
     return table
 
 

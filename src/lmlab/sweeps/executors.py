@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lmlab.journal import RunDir, read_json
 from lmlab.records import OF_A_MULTIRUN, UserError
+from lmlab.sweeps.jobs import CONSOLE, Job
 
 if TYPE_CHECKING:
     from lmlab.config.schema import RunConfig, SlurmLauncher
-    from lmlab.sweeps.jobs import Job
 
-CONSOLE = "console.log"
-"""In a job's directory: what it would have printed."""
+SUBMITTED = ".submitted"
+"""In a job's directory: the number of its SLURM job."""
+NO_END_OF_REQUEUES = 1000
 
 
 class Handle(Protocol):
@@ -43,6 +44,10 @@ class Executor(Protocol):
 
     def start(self, job: Job, config: RunConfig) -> Handle:
         """Begin the job whose directory is complete; returns at once."""
+        ...
+
+    def adopt(self, job: Job) -> Handle | None:
+        """What an earlier start of the sweep began of it, if that is still under way."""
         ...
 
 
@@ -84,6 +89,10 @@ class LocalProcesses:
                 start_new_session=True,
             )
         return _Process(process, release=lambda: self._load.subtract(taken))
+
+    def adopt(self, job: Job) -> Handle | None:
+        """None: processes end with their launcher."""
+        return None
 
 
 def _visible_gpus() -> list[str]:
@@ -140,8 +149,9 @@ class Slurm:
                 "launcher=slurm needs submitit", where="launcher", fix="pip install 'lmlab[slurm]'"
             ) from error
         self.options, self._submitit = options, submitit
+        self.folder = folder
         try:
-            self._executor = submitit.AutoExecutor(folder=folder, cluster=options.cluster)
+            self._executor()
         except RuntimeError as error:  # no srun on this machine
             raise UserError(
                 f"SLURM cannot be reached: {error}",
@@ -165,12 +175,27 @@ class Slurm:
             "gpus_per_node": None if trainer.accelerator == "cpu" else trainer.devices,
             "slurm_partition": options.partition,
             "slurm_account": options.account,
+            "slurm_max_num_timeout" if options.cluster == "slurm" else "": NO_END_OF_REQUEUES,
             **options.parameters,
         }
-        self._executor.update_parameters(
-            **{name: value for name, value in asked.items() if value is not None}
-        )
-        return _Submitted(self._executor.submit(WorkerTask(str(job.run.path))), job)
+        executor = self._executor()
+        executor.update_parameters(**{k: v for k, v in asked.items() if k and v is not None})
+        submitted = executor.submit(WorkerTask(str(job.run.path)))
+        (job.folder / SUBMITTED).write_text(submitted.job_id, encoding="utf-8")
+        return _Submitted(submitted, job)
+
+    def adopt(self, job: Job) -> Handle | None:
+        """A job that waits in the queue or runs there goes on without its launcher."""
+        note = job.folder / SUBMITTED
+        if not note.is_file():
+            return None
+        submitted = self._executor().job_class(self.folder, note.read_text(encoding="utf-8"))
+        job.run = RunDir(job.folder)
+        return None if submitted.done() else _Submitted(submitted, job)
+
+    def _executor(self) -> Any:
+        """A new one for each job: what one was told to ask for stays with it."""
+        return self._submitit.AutoExecutor(folder=self.folder, cluster=self.options.cluster)
 
 
 class WorkerTask:
@@ -189,12 +214,15 @@ class WorkerTask:
 
     def __call__(self) -> int:
         """Train; the exit code."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lmlab.worker", self.folder],
-            env={**os.environ, OF_A_MULTIRUN: "slurm"},
-            # submitit's warning, sent to every process of the job; it is for this one, which passes on what it means.
-            preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
-        )
+        with (Path(self.folder) / CONSOLE).open("ab") as console:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lmlab.worker", self.folder],
+                env={**os.environ, OF_A_MULTIRUN: "slurm"},
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                # submitit's warning, sent to every process of the job; it is for this one, which passes on what it means.
+                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),
+            )
         return self._process.wait()
 
     def checkpoint(self) -> Any:

@@ -7,14 +7,18 @@ sweep reads in it what need not be done again.
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from lmlab.journal import RunDir
-from lmlab.tracking.results import result_row
+from lmlab.tracking.groups import Entry
+from lmlab.tracking.results import RESULTS, result_row
 
+CONSOLE = "console.log"
+"""In a job's directory: what it would have printed."""
 OUT_OF_MEMORY = "out of memory"
 NOT_STARTED = ("waiting", "not started")
 
@@ -30,6 +34,7 @@ class Job:
             ``not started``, ``refused: reason`` (cannot train) or ``error: reason`` (asked wrongly).
         exit_code: of its processes; 2 for a job that could not start.
         steps: of the whole run; 0 before it is known.
+        console_from: where in console.log what it prints in this start begins.
         run: its directory, None for a job that could not start.
     """
 
@@ -41,6 +46,7 @@ class Job:
     exit_code: int = 0
     seconds: float = 0.0
     steps: int = 0
+    console_from: int = 0
     run: RunDir | None = None
     started: float = 0.0
 
@@ -64,8 +70,12 @@ class Points(Protocol):
     @property
     def total(self) -> int: ...
 
-    def keeps(self, status: str) -> bool:
-        """Whether a job that ended so in an earlier start of the sweep is left as it is."""
+    def keeps(self, status: str, *, is_whole: bool) -> bool:
+        """Whether a job that ended so in an earlier start of the sweep is left as it is; ``is_whole``: its files are there."""
+        ...
+
+    def recall(self, job: Job) -> None:
+        """A job of an earlier start that is left as it is."""
         ...
 
     def next(self, number: int) -> list[str] | None:
@@ -89,9 +99,12 @@ class GridPoints:
         varied = (i for i in range(len(jobs[0])) if len({job[i] for job in jobs}) > 1)
         self.keys = tuple(key_of(jobs[0][i]) for i in varied)
 
-    def keeps(self, status: str) -> bool:
+    def keeps(self, status: str, *, is_whole: bool) -> bool:
         """What finished; all else is tried again."""
-        return status == "finished"
+        return status == "finished" and is_whole
+
+    def recall(self, job: Job) -> None:
+        """Nothing hangs on it."""
 
     def next(self, number: int) -> list[str] | None:
         """See `Points`."""
@@ -119,12 +132,20 @@ def row_of(job: Job) -> dict[str, Any]:
     """A job's line in results.csv."""
     return result_row(
         job=job.number,
-        overrides=" ".join(job.overrides),
+        overrides=shlex.join(job.overrides),
         status=job.status,
         exit_code=job.exit_code,
         seconds=job.seconds,
         folder=job.folder if job.run is not None else None,
     )
+
+
+def overrides_of(row: Mapping[str, str]) -> list[str]:
+    """The overrides in a line of results.csv."""
+    try:
+        return shlex.split(row["overrides"])
+    except ValueError:  # written before they were quoted
+        return row["overrides"].split()
 
 
 def read_results(file: Path) -> dict[int, dict[str, str]]:
@@ -134,3 +155,35 @@ def read_results(file: Path) -> dict[int, dict[str, str]]:
             return {int(row["job"]): row for row in csv.DictReader(stream)}
     except (OSError, ValueError, KeyError):
         return {}
+
+
+def entry_of(job: Job) -> Entry:
+    """A job on the page that compares."""
+    folder = job.folder if job.run is not None else None
+    status = job.status.partition(": ")[0]
+    return Entry(job.label, folder, status, reason_of(job), job.seconds, job.exit_code)
+
+
+def reason_of(job: Job) -> str:
+    """What was wrong with a job that did not start, or the last error of one that failed."""
+    word, _, reason = job.status.partition(": ")
+    if reason or not job.went_wrong or job.run is None:
+        return reason
+    try:
+        said = (job.folder / CONSOLE).read_bytes()[job.console_from :]
+        lines = said.decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ")[:300] if errors else f"{word}, exit code {job.exit_code}"
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds a sweep: its table, its study, or jobs that were begun."""
+    try:
+        with (folder / RESULTS).open(encoding="utf-8") as stream:
+            if stream.read(13) == "job,overrides":
+                return True
+    except (OSError, ValueError):
+        pass
+    return (folder / "study.db").exists() or any(folder.glob("[0-9]*-*/run.json"))

@@ -9,6 +9,7 @@ alone, what was interrupted or failed goes on from its last checkpoint.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -21,29 +22,34 @@ from typing import Any
 from rich.console import Console
 
 from lmlab.config.compose import hydra_error, to_run_config
+from lmlab.config.schema import RunConfig
 from lmlab.journal import RunDir, check_run_name, read_json, slug
 from lmlab.records import STOPPED_CODES, RefusedError, UserError
 from lmlab.start import create_run, plan_run
 from lmlab.sweeps.board import Board, outcome
-from lmlab.sweeps.executors import CONSOLE, Executor, Handle, LocalProcesses, Slurm
+from lmlab.sweeps.executors import Executor, Handle, LocalProcesses, Slurm
 from lmlab.sweeps.jobs import (
+    CONSOLE,
     NOT_STARTED,
     OUT_OF_MEMORY,
     GridPoints,
     Job,
     Points,
+    entry_of,
+    is_sweep,
+    key_of,
     label_of,
+    overrides_of,
     read_results,
+    reason_of,
     row_of,
 )
 from lmlab.tracking.compare import write_comparison
-from lmlab.tracking.groups import Entry
 from lmlab.tracking.results import RESULTS, write_results
+from lmlab.worker import SHUTDOWN_SECONDS
 
 Compose = Callable[[list[str]], Any]
-OF_A_SWEEP = (RESULTS, "study.db", "submitit")
-"""What tells a sweep's folder from others."""
-STOP_SECONDS = 120.0
+STOP_SECONDS = SHUTDOWN_SECONDS + 30.0
 """What jobs that were told to stop have for their step and their checkpoint."""
 ASKED_EVERY = 1.0
 """Seconds between two looks at whether a running job is worth going on with."""
@@ -65,8 +71,8 @@ def run_jobs(points: Points, *, compose: Compose, root: Path, options: Any, over
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a log file has no narrow screen
     sweep = _Sweep(points, compose=compose, root=root.absolute(), options=options, console=console)
-    sweep.claim(overwrite=overwrite)
     try:
+        sweep.claim(overwrite=overwrite)
         code = sweep.run()
     finally:
         sweep.release()
@@ -92,7 +98,8 @@ class _Sweep:
         self.handles: dict[int, Handle] = {}
         self._earlier: dict[int, dict[str, str]] = {}
         self._asked = 0.0
-        self._more = True
+        self._more, self._starting, self._caught = True, False, 0
+        self._told: set[int] = set()
         self._lock = RunDir(root)
         self.board = Board(console, self.jobs, total=points.total)
 
@@ -104,18 +111,20 @@ class _Sweep:
         Raises:
             UserError: something else is there, or another start is at work in it.
         """
-        results = self.root / RESULTS
-        begun = any((self.root / name).exists() for name in OF_A_SWEEP)
-        begun = begun or any(self.root.glob("[0-9]*-*/run.json"))
+        begun = is_sweep(self.root)
         if not begun and self.root.exists() and any(self.root.glob("[!.]*")):
             raise UserError("not a sweep's directory", where=str(self.root), fix="choose another run_name")
         if overwrite and begun:
             self._lock.take_lock()  # refuses while it is at work
+            for lock in self.root.glob(
+                "*/.lock"
+            ):  # or one of its jobs is, left by a launcher that was killed
+                RunDir(lock.parent).check_free(overwrite=True, resume=False)
             shutil.rmtree(self.root)
-        self._earlier = read_results(results)
+        self._earlier = read_results(self.root / RESULTS)
         for number, row in self._earlier.items():
             asked = self.points.next(number) if isinstance(self.points, GridPoints) else None
-            if asked is not None and _meaning(" ".join(asked)) != _meaning(row["overrides"]):
+            if asked is not None and _meaning(asked) != _meaning(overrides_of(row)):
                 raise UserError(
                     f"this directory holds another sweep (its job {number} was {row['overrides'] or 'the defaults'})",
                     where=str(self.root),
@@ -123,6 +132,19 @@ class _Sweep:
                 )
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock.take_lock()
+        self._recall()
+
+    def _recall(self) -> None:
+        """Rows of an earlier start that are left as they are."""
+        for number, row in sorted(self._earlier.items()):
+            job = self._job(number, overrides_of(row))
+            run = RunDir(job.folder)
+            job.run = run if run.config.is_file() else None
+            is_whole = job.run is not None and read_json(run.summary).get("status") == row["status"]
+            if self.points.keeps(row["status"], is_whole=is_whole):
+                job.status, job.exit_code = row["status"], int(row["exit_code"] or 0)
+                self.jobs.append(job)
+                self.points.recall(job)
 
     def release(self) -> None:
         """Let go of the directory; one that nothing was written to goes."""
@@ -135,8 +157,11 @@ class _Sweep:
     def run(self) -> int:
         """Until there are no more points; 0, or 128 + the signal that ended it early."""
         code, done = 0, False
-        old = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        self._say_what_begins()
+        caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        old = {number: signal.signal(number, self._interrupt) for number in caught}
+        kept = f", {len(self.jobs)} of them done before" if self.jobs else ""
+        where = os.path.relpath(self.root)
+        self.board.say(f"{self.points.total} jobs{kept}, {self.at_once} at a time, in {where}")
         try:
             with self.board:
                 self._run_all()
@@ -144,18 +169,19 @@ class _Sweep:
         except KeyboardInterrupt as error:
             code = 128 + int(error.args[0] if error.args else signal.SIGINT)
         finally:
-            if not done:  # whatever ended the sweep, no job goes on without it
-                self._stop()
-            for number, handler in old.items():
-                signal.signal(number, handler)
-            self._write()
+            try:
+                if not done:  # whatever ended the sweep, no job goes on without it
+                    self._stop()
+            finally:
+                for number, handler in old.items():
+                    signal.signal(number, handler)
+                self._write()
         return code
 
-    def _say_what_begins(self) -> None:
-        done = sum(self.points.keeps(row["status"]) for row in self._earlier.values())
-        earlier = f", {done} of them done before" if done else ""
-        where = os.path.relpath(self.root)
-        self.board.say(f"{self.points.total} jobs{earlier}, {self.at_once} at a time, in {where}")
+    def _interrupt(self, number: int, frame: Any) -> None:
+        self._caught = number
+        if not self._starting:  # else a process would run that nobody knows of
+            raise KeyboardInterrupt(number)
 
     def _run_all(self) -> None:
         while self._more or self.handles:
@@ -172,22 +198,17 @@ class _Sweep:
 
     def _begin(self) -> bool:
         """Start the next job; False if there is none now."""
-        number = len(self.jobs)
-        kept = self._kept(number)
-        if kept is not None:
-            self.jobs.append(kept)
-            return True
+        taken = {job.number for job in self.jobs}
+        number = next(n for n in itertools.count() if n not in taken)
         overrides = self.points.next(number)
         if overrides is None:
             self._more = bool(self.handles)  # what ends may bring new ones
             return False
         job = self._job(number, overrides)
         self.jobs.append(job)
-        handle = self._start(job)
-        if handle is None:
-            self.points.done(job)
-        else:
-            self.handles[number] = handle
+        self.jobs.sort(key=lambda each: each.number)
+        if not self._start(job):
+            self._tell(job)
         self.board.tell(job)
         self._write()
         return True
@@ -199,51 +220,68 @@ class _Sweep:
         job.seconds = float(earlier["seconds"] or 0) if earlier is not None else 0.0
         return job
 
-    def _kept(self, number: int) -> Job | None:
-        """The job of an earlier start, if it is left as it was."""
-        row = self._earlier.get(number)
-        if row is None or not self.points.keeps(row["status"]):
-            return None
-        job = self._job(number, row["overrides"].split())
-        run = RunDir(job.folder)
-        job.status, job.exit_code = row["status"], int(row["exit_code"] or 0)
-        job.run = run if run.config.is_file() else None
-        is_whole = job.status != "finished" or read_json(run.summary).get("status") == "finished"
-        return job if is_whole else None  # else somebody's clearing up has taken its files
-
-    def _start(self, job: Job) -> Handle | None:
-        """Compose, check, freeze and start one job; None if it cannot start, with the reason in its status."""
+    def _start(self, job: Job) -> bool:
+        """Prepare and start one job; False if it cannot start, with the reason in its status."""
         from hydra.errors import HydraException
         from omegaconf.errors import OmegaConfBaseException
 
         job.started = time.monotonic()
         try:
+            self._wait_for_an_orphan(job)
             try:
                 config = to_run_config(self.compose(job.overrides))
             except (HydraException, OmegaConfBaseException) as error:
                 raise hydra_error(error) from error
-            again = RunDir(job.folder).config.is_file()
-            if job.folder.exists() and not again:
-                shutil.rmtree(job.folder)  # begun by a start that was killed, and never complete
-            told = {
-                "run_name": check_run_name(job.folder.name),
-                "logger": config.logger.model_copy(update={"group": config.logger.group or self.root.name}),
-                "resume": "auto" if again else None if config.resume == "auto" else config.resume,
-                "overwrite": False,
-            }
-            plan = plan_run(config.model_copy(update=told), job.overrides, folder=job.folder)
-            create_run(plan, job.overrides)
+            handle = self.executor.adopt(job)
+            if handle is None:
+                config = self._prepare(job, config)
+                self._starting = True
+                handle = self.executor.start(job, config)
+            job.run, job.status = RunDir(job.folder), "running"
+            self.handles[job.number] = handle
         except RefusedError as error:
             job.status, job.exit_code = f"refused: {error}", 2
-            return None
         except UserError as error:
             job.status, job.exit_code = f"error: {error}", 2
-            return None
-        job.run, job.status = plan.run, "running"
+        except _StillRunningError:
+            job.status = "interrupted"
+        except Exception as error:  # a queue that takes no job, a full disk: the others go on
+            said = (str(error).strip().splitlines() or [""])[0]
+            job.status, job.exit_code = f"error: {type(error).__name__}: {said[:200]}", 1
+        finally:
+            self._starting = False
+        if self._caught:
+            raise KeyboardInterrupt(self._caught)
+        return job.status == "running"
+
+    def _prepare(self, job: Job, config: RunConfig) -> RunConfig:
+        """Check and freeze a job into its directory, new or to go on with; the config in force there."""
+        again = RunDir(job.folder).config.is_file()
+        if job.folder.exists() and not again:
+            shutil.rmtree(job.folder)  # begun by a start that was killed, and never complete
+        told = {
+            "run_name": check_run_name(job.folder.name),
+            "logger": config.logger.model_copy(update={"group": config.logger.group or self.root.name}),
+            "resume": "auto" if again else None if config.resume == "auto" else config.resume,
+            "overwrite": False,
+        }
+        plan = plan_run(config.model_copy(update=told), job.overrides, folder=job.folder)
+        create_run(plan, job.overrides)
+        job.run = plan.run
         job.steps = plan.config.trainer.steps(plan.prepared.meta["report"]["rows"]["train"])
+        console = job.folder / CONSOLE
+        job.console_from = console.stat().st_size if console.is_file() else 0
         plan.run.out_of_memory.unlink(missing_ok=True)
         plan.run.release()  # the job's own process is the writer; this parent only waits
-        return self.executor.start(job, plan.config)
+        return plan.config
+
+    def _wait_for_an_orphan(self, job: Job) -> None:
+        """A job of a launcher that was killed has been told to stop, and may still be saving."""
+        until = time.monotonic() + STOP_SECONDS
+        while RunDir(job.folder).holder() is not None:
+            if time.monotonic() > until:
+                raise _StillRunningError
+            time.sleep(0.5)
 
     def _end(self, job: Job, code: int) -> None:
         assert job.run is not None
@@ -252,10 +290,18 @@ class _Sweep:
         job.exit_code = code
         summary = read_json(job.run.summary)
         if job.status == "running":
-            job.status = _status(code, str(summary.get("status")), job.run)
+            job.status = _status(code, str(summary.get("status")), job.run, told=job.number in self._told)
         self.board.tell(job)
         self._write()
-        self.points.done(job)
+        self._tell(job)
+
+    def _tell(self, job: Job) -> None:
+        try:
+            self.points.done(job)
+        except UserError:
+            raise
+        except Exception as error:  # a database that is locked: the next start tells it
+            self.board.say(f"warning: job {job.number} could not be told to the search: {error}")
 
     def _look_at_running(self) -> None:
         if time.monotonic() - self._asked < ASKED_EVERY:
@@ -268,6 +314,7 @@ class _Sweep:
 
     def _stop(self) -> None:
         """Pass the stop on and wait for the jobs to save."""
+        self._told = set(self.handles)
         for handle in self.handles.values():
             handle.stop()
         until = time.monotonic() + STOP_SECONDS
@@ -279,11 +326,11 @@ class _Sweep:
                 time.sleep(0.1)
             with contextlib.suppress(UserError):  # what was wrong for one of them has ended the sweep already
                 self._end(job, code)
-        if isinstance(self.points, GridPoints):
-            for number in range(len(self.jobs), len(self.points.jobs)):
-                left = self._kept(number) or self._job(number, list(self.points.jobs[number]))
-                left.status = "not started" if left.status == "waiting" else left.status
-                self.jobs.append(left)
+        for number in range(self.points.total if isinstance(self.points, GridPoints) else 0):
+            if all(job.number != number for job in self.jobs):
+                self.jobs.append(self._job(number, self.points.next(number) or []))
+                self.jobs[-1].status = "not started"
+        self.jobs.sort(key=lambda each: each.number)
 
     # --- the end ------------------------------------------------------------------------------------------------
 
@@ -291,7 +338,12 @@ class _Sweep:
         """results.csv; a command line that is wrong for every job leaves nothing behind."""
         if all(job.status.startswith("error") or job.status in NOT_STARTED for job in self.jobs):
             return
-        write_results(self.root, [row_of(job) for job in self.jobs])
+        present = {job.number: row_of(job) for job in self.jobs}
+        rows = {**self._earlier, **present}  # those not come to yet stay as they were
+        try:
+            write_results(self.root, [rows[number] for number in sorted(rows)])
+        except OSError as error:  # a full disk; the next job's end tries again
+            self.board.say(f"warning: {RESULTS} cannot be written ({error.strerror})")
 
     def report(self) -> None:
         """The table, the reasons of refusals, and where the rest lies."""
@@ -303,7 +355,7 @@ class _Sweep:
             return
         self.board.say(f"results: {os.path.relpath(self.root / RESULTS)}")
         try:
-            page = write_comparison(self.root, [_entry(job) for job in self.jobs], title=self.root.name)
+            page = write_comparison(self.root, [entry_of(job) for job in self.jobs], title=self.root.name)
         except (
             Exception
         ) as error:  # a page that cannot be drawn must not turn a finished sweep into a failed one
@@ -312,48 +364,26 @@ class _Sweep:
             self.board.say(f"report: {os.path.relpath(page)}")
 
 
-def _status(code: int, said: str, run: RunDir) -> str:
-    """What an exit code and the run's own word for its end come to."""
+class _StillRunningError(Exception):
+    """A job of an earlier launcher goes on."""
+
+
+def _status(code: int, said: str, run: RunDir, *, told: bool) -> str:
+    """What an exit code and the run's own word for its end come to; ``told``: this launcher stopped it."""
     if code == 0 and said == "finished":
         return "finished"
-    if code in STOPPED_CODES and said == "interrupted":
+    if told or (code in STOPPED_CODES and said == "interrupted"):
         return "interrupted"
     return OUT_OF_MEMORY if run.out_of_memory.exists() else "failed"
-
-
-def _entry(job: Job) -> Entry:
-    """A job on the page that compares."""
-    folder = job.folder if job.run is not None else None
-    status = job.status.partition(": ")[0]
-    return Entry(job.label, folder, status, _reason(job), job.seconds, job.exit_code)
-
-
-def _reason(job: Job) -> str:
-    """What was wrong with a job that did not start, or the last error of one that failed."""
-    word, _, reason = job.status.partition(": ")
-    if reason or not job.went_wrong or job.run is None:
-        return reason
-    try:
-        lines = (job.folder / CONSOLE).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    errors = [line for line in lines if line.startswith("error: ")]
-    return errors[-1].removeprefix("error: ")[:300] if errors else f"{word}, exit code {job.exit_code}"
 
 
 def _why(job: Job) -> str:
     """For a line about a failed job: its reason, and where the rest is."""
     if job.run is None:
         return ""
-    return f": {_reason(job)} (see {os.path.relpath(job.folder / CONSOLE)})"
+    return f": {reason_of(job)} (see {os.path.relpath(job.folder / CONSOLE)})"
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt(number)
-
-
-def _meaning(overrides: str) -> list[str]:
+def _meaning(overrides: list[str]) -> list[str]:
     """Overrides without those that only say how to go on."""
-    return [
-        o for o in overrides.split() if o.partition("=")[0] not in ("resume", "overwrite", "launcher.jobs")
-    ]
+    return [o for o in overrides if key_of(o) not in ("resume", "overwrite", "launcher.jobs")]

@@ -98,9 +98,16 @@ class OptunaPoints:
         """What is searched."""
         return tuple(axis.name for axis in self.space.axes)
 
-    def keeps(self, status: str) -> bool:
-        """Whatever the study was told; what was interrupted is still an open trial."""
+    def keeps(self, status: str, *, is_whole: bool) -> bool:
+        """Whatever the study was told, files or not; what was interrupted is still an open trial."""
         return status not in UNTOLD
+
+    def recall(self, job: Job) -> None:
+        """Tell the study of a job whose end it has not heard of: its launcher was killed in between."""
+        opened = self._left_open(job.number, exactly=True)
+        if opened is not None:
+            self._open[job.number] = opened
+            self.done(job)
 
     def next(self, number: int) -> list[str] | None:
         """Overrides of job ``number``: a trial that another start left open, or a new one; None when there are enough."""
@@ -222,7 +229,7 @@ class OptunaPoints:
             }
         )
 
-    def _left_open(self, number: int) -> _Open | None:
+    def _left_open(self, number: int, *, exactly: bool = False) -> _Open | None:
         """A trial of this sweep that an earlier start began: the one that was job ``number`` then, else the first."""
         mine = {opened.trial.number for opened in self._open.values()} | self._interrupted
         states = (self.optuna.trial.TrialState.RUNNING,)
@@ -231,9 +238,10 @@ class OptunaPoints:
             for trial in self.study.get_trials(deepcopy=False, states=states)
             if trial.number not in mine and trial.user_attrs.get("sweep", self.root.name) == self.root.name
         ]
-        if not left:
+        same = [trial for trial in left if trial.user_attrs.get("job") == number]
+        if not (same if exactly else left):
             return None
-        frozen = next((trial for trial in left if trial.user_attrs.get("job") == number), left[0])
+        frozen = (same or left)[0]
         self.study.sampler = self._sampler(frozen.number)
         trial = self.optuna.trial.Trial(self.study, frozen._trial_id)
         return self._begin(trial, reported=set(frozen.intermediate_values))

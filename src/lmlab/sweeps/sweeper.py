@@ -18,6 +18,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from lmlab import ranks
 from lmlab.config.compose import to_run_config
 from lmlab.journal import check_run_name, slug
 from lmlab.records import RefusedError, UserError
@@ -48,11 +49,19 @@ def expand(arguments: Sequence[str], config_loader: Any) -> list[list[str]]:
                 fix="use choice(...) or range(...), or hparams_search=optuna, which draws from it",
             )
         if override.is_sweep_override():
-            axes.append(
-                [f"{key}={value}" for value in override.sweep_string_iterator()]
-                if not override.is_choice_sweep()
-                else [f"{key}={value}" for value in override.sweep_iterator(transformer=Transformer.encode)]
-            )
+            try:
+                values = list(
+                    override.sweep_iterator(transformer=Transformer.encode)
+                    if override.is_choice_sweep()
+                    else override.sweep_string_iterator()
+                )
+            except ValueError:  # a range whose step is 0
+                values = []
+            if not values:
+                raise UserError(
+                    f"{override.input_line} has no values", where=key, fix="check its ends, or the pattern"
+                )
+            axes.append([f"{key}={value}" for value in values])
         else:
             axes.append([str(override.input_line)])
     return [list(combination) for combination in itertools.product(*axes)]
@@ -66,20 +75,21 @@ def sweep(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int:
         master: the config of the command line without the swept values.
     """
     from lmlab.sweeps.launcher import run_jobs
-    from lmlab.worker import requeue
+    from lmlab.worker import patient_streams, requeue
+
+    ranks.refuse_front_door()
 
     def compose(overrides: Sequence[str]) -> Any:
         return config_loader.load_sweep_config(master, list(overrides))
 
     told = [*_params(arguments, master), *arguments]
-    if OmegaConf.select(master, "hparams_search.kind", default="none") != "none":
-        return requeue(_search(told, compose=compose, config_loader=config_loader))
-    points = GridPoints(expand(told, config_loader))
-    first = _first(compose, points.jobs[0])
-    root = _sweep_folder(first, points.keys)
-    return requeue(
-        run_jobs(points, compose=compose, root=root, options=first.launcher, overwrite=bool(first.overwrite))
-    )
+    with patient_streams():
+        if OmegaConf.select(master, "hparams_search.kind", default="none") != "none":
+            return requeue(_search(told, compose=compose, config_loader=config_loader))
+        points = GridPoints(expand(told, config_loader))
+        first = _first(compose, points.jobs[0])
+        root, anew = _sweep_folder(first, points.keys), bool(first.overwrite)
+        return requeue(run_jobs(points, compose=compose, root=root, options=first.launcher, overwrite=anew))
 
 
 def _params(arguments: Sequence[str], master: Any) -> list[str]:

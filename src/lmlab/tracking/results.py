@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,13 @@ def entries_of(path: Path) -> list[Entry]:
     return [Entry(run.name, run) for run in inside]
 
 
+def _words(overrides: str) -> list[str]:
+    try:
+        return shlex.split(overrides)
+    except ValueError:
+        return overrides.split()
+
+
 def _number(path: Path) -> tuple[int, str]:
     """``10-adapter=lora`` after ``9-adapter=none``."""
     first = path.name.partition("-")[0]
@@ -103,7 +111,7 @@ def _entries_of_table(path: Path) -> list[Entry]:
         raise UserError(
             f"results.csv cannot be read, {error}", where=str(path), fix="name the run directories themselves"
         ) from error
-    words = [str(row["overrides"]).split() for row in rows]
+    words = [_words(str(row["overrides"])) for row in rows]
     common = set.intersection(*map(set, words)) if len(words) > 1 else set()
     entries = []
     for row, told in zip(rows, words, strict=True):
