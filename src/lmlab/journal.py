@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -322,7 +323,14 @@ class Journal:
 
     def layers(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """A line of layers.jsonl for each layer."""
-        self._layers = self._layers or Lines(self._run.layers)
+        try:
+            self._layers = self._layers or Lines(self._run.layers)
+        except OSError as error:
+            print(
+                f"warning: layers.jsonl cannot be made ({error.strerror}): this step's lines are lost",
+                file=sys.stderr,
+            )
+            return
         for row in rows:
             self._layers.append({"step": step, **row})
 

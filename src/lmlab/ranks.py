@@ -25,7 +25,7 @@ PORTS = range(12_000, 32_000)
 
 def is_rank() -> bool:
     """Whether this process is one of several that somebody started together."""
-    return "RANK" in os.environ
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def adopt_srun(environ: MutableMapping[str, str] = os.environ) -> bool:
@@ -63,9 +63,7 @@ def adopt_srun(environ: MutableMapping[str, str] = os.environ) -> bool:
 
 def first_host(nodes: str) -> str:
     """The first of a SLURM node list: ``gpu[007-009,12],login`` -> ``gpu007``, ``a,b`` -> ``a``."""
-    match = re.match(r"([^,\[]*)(?:\[([^,\-\]]*)[^\]]*\])?([^,\[]*)", nodes)
-    assert match is not None  # all of it may be empty
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^,\-\]]*)[^\]]*\]", r"\1", nodes).partition(",")[0]
 
 
 def require_here(run: RunDir) -> None:
@@ -96,6 +94,12 @@ def require_world(config: RunConfig) -> None:
     Raises:
         UserError: they differ.
     """
+    if "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            f"rank {os.environ['RANK']} without LOCAL_RANK",
+            where="environment",
+            fix="start with torchrun or srun, which say which of its machine's ranks it is",
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != world_size(config):
         trainer = config.trainer
@@ -113,10 +117,11 @@ def refuse_front_door() -> None:
     Raises:
         UserError: this process is one of several.
     """
-    if is_rank() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if is_rank() or adopt_srun(dict(os.environ)):
+        what = "one rank" if is_rank() else "one task of srun"
         raise UserError(
-            f"train.py prepares a run once, and here it is rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}",
-            where="RANK",
+            f"train.py prepares a run once, and here it is {what} of several",
+            where="RANK" if is_rank() else "SLURM_PROCID",
             fix="start train.py by itself, then the ranks with: -m lmlab.worker RUN_DIR",
         )
 
@@ -127,7 +132,7 @@ def how_to_start(run: RunDir, config: RunConfig) -> str:
     told = f"--nnodes {nodes} --nproc-per-node {devices} --rdzv-backend c10d --rdzv-endpoint FIRST_NODE:29500"
     return (
         f"on each node: torchrun {told} -m lmlab.worker {run.path}\n"
-        f"under SLURM: srun --nodes {nodes} --ntasks-per-node {devices} python -m lmlab.worker {run.path}"
+        f"under SLURM: srun --kill-on-bad-exit=1 --nodes {nodes} --ntasks-per-node {devices} python -m lmlab.worker {run.path}"
     )
 
 

@@ -24,7 +24,7 @@ from lmlab import ranks
 from lmlab.config.compose import freeze, load_env, load_frozen, report_error
 from lmlab.config.schema import RunConfig, world_size
 from lmlab.journal import RunDir, read_json, write_json
-from lmlab.records import OF_A_MULTIRUN, RunFailedError, UserError
+from lmlab.records import OF_A_MULTIRUN, STOPPED_CODES, RunFailedError, UserError
 
 STARTED = time.monotonic()
 
@@ -170,9 +170,10 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):  # outside the steps, where `GracefulStop` has its own
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     session = Session(run, config, started=STARTED)
-    code, reason = 1, ""
+    code, reason, agreed = 1, "", False
     try:
         code = session.train()
+        agreed = code in STOPPED_CODES
     except UserError as error:
         code, reason = report_error(error), str(error)
     except RunFailedError as error:
@@ -198,10 +199,14 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
             traceback.print_exc()
             print(f"error: the run failed: {_short(error)} (the lines above say where)", file=sys.stderr)
     finally:
+        if agreed:  # what is left is bounded, and a launcher that passes the signal on must not cut it short
+            for number in old:
+                signal.signal(number, signal.SIG_IGN)
         session.close(code, reason)
         for number, handler in old.items():
             signal.signal(number, handler)
-    return code
+    # The first rank, which still saves and requeues, speaks for all: a launcher ends the others at the first bad code.
+    return 0 if agreed and session.rank != 0 else code
 
 
 class _Patient:

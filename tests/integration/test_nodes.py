@@ -59,7 +59,10 @@ def prepared(root: Path, name: str, *told: str) -> RunDir:
     done = command("train.py", *TOLD, *told, f"run_name={name}", f"output_root={root}")
     assert done.returncode == 0, done.stderr
     run = RunDir(root / "sft" / name)
-    assert f"srun --nodes 2 --ntasks-per-node 1 python -m lmlab.worker {run.path}" in done.stdout
+    assert (
+        f"srun --kill-on-bad-exit=1 --nodes 2 --ntasks-per-node 1 python -m lmlab.worker {run.path}"
+        in done.stdout
+    )
     assert re.search(r"torchrun --nnodes 2 --nproc-per-node 1 .* -m lmlab\.worker ", done.stdout)
     assert not run.lock.exists()
     assert not run.metrics.exists()

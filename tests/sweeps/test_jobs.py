@@ -11,7 +11,7 @@ import pytest
 from lmlab.config.schema import LocalLauncher
 from lmlab.journal import RunDir
 from lmlab.sweeps.executors import LocalProcesses
-from lmlab.sweeps.jobs import GridPoints, Job, label_of, read_results, row_of
+from lmlab.sweeps.jobs import GridPoints, Job, label_of, overrides_of, read_results, row_of
 from lmlab.tracking.results import write_results
 
 
@@ -75,7 +75,7 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     write_results(tmp_path, [row_of(job) for job in jobs])
     rows = read_results(tmp_path / "results.csv")
     assert [rows[n]["status"] for n in (0, 1)] == ["waiting", 'refused: no, "so"\nnot']
-    assert rows[0]["overrides"] == "a=1 b=x y"
+    assert overrides_of(rows[0]) == ["a=1", "b=x y"]
     assert read_results(tmp_path / "none.csv") == {}
 
 

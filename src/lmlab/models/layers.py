@@ -198,11 +198,14 @@ class _Full:
         if len(weight) <= SKETCH_ROWS:
             return weight.clone()
         # Sums, not a matrix product: TF32 would round the weights, and small updates away.
+        self._bucket, self._sign = self._bucket.to(weight.device), self._sign.to(weight.device)
         return weight.new_zeros(SKETCH_ROWS, weight.shape[1]).index_add_(0, self._bucket, weight * self._sign)
 
     def moved(self) -> torch.Tensor:
         """Frobenius norm of the way from the first weight to the one it has now, as far as the sketch tells."""
-        return _norm(self._sketch(self._weight()) - self._before)
+        now = self._sketch(self._weight())
+        self._before = self._before.to(now.device)  # sharding moves the weights after this was made
+        return _norm(now - self._before)
 
 
 def _low_rank(model: Any) -> Iterable[_LowRank]:

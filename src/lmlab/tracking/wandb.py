@@ -186,8 +186,9 @@ class WandbTracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Mirror one line of metrics."""
-        if self._run is not None:
-            self._guard(lambda: self._run.log({"trainer/step": step, **values}))
+        run = self._run
+        if run is not None:
+            self._guard(lambda: run.log({"trainer/step": step, **values}))
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Mirror new samples: a table with all rows so far, because W&B shows a logged table as it was."""

@@ -122,10 +122,13 @@ def default_entity() -> str:
     import wandb
 
     try:
-        return str(wandb.Api().default_entity)
+        entity = wandb.Api().default_entity
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RunFailedError(f"W&B cannot be asked for your entity: {reason}") from error
+    if not entity:
+        raise RunFailedError("W&B names no entity of yours: give one with --entity")
+    return str(entity)
 
 
 def swept_keys(file: Path) -> list[str]:

@@ -80,6 +80,8 @@ def build_trainer(
     )
     # Lightning's is a blocking broadcast in every micro-batch, of a signal that `GracefulStop` takes before it is seen there.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing
+    # Its handler broadcasts too, from wherever the signal found the rank: the worker's own is there outside the steps.
+    trainer._signal_connector.register_signal_handlers = _nothing
     return trainer
 
 
