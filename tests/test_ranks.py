@@ -112,6 +112,11 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
 def test_another_number_of_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config("trainer.devices=2", "trainer.num_nodes=2")
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="rank 0 without LOCAL_RANK"):
+        ranks.require_world(config)
+    monkeypatch.setenv("LOCAL_RANK", "0")
     ranks.require_world(config)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="3 ranks were started") as caught:
@@ -135,7 +140,7 @@ def test_a_run_of_several_nodes_is_not_started_alone(monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match="one start per node") as caught:
         ranks.refuse_alone(RunDir(tmp_path), config)
     assert "--nnodes 2 --nproc-per-node 4" in str(caught.value)
-    assert "srun --nodes 2 --ntasks-per-node 4" in str(caught.value)
+    assert "srun --kill-on-bad-exit=1 --nodes 2 --ntasks-per-node 4" in str(caught.value)
     monkeypatch.setenv(OF_A_MULTIRUN, "1")
     with pytest.raises(UserError, match="in a multirun"):
         ranks.refuse_alone(RunDir(tmp_path), config)
