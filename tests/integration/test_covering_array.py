@@ -153,8 +153,9 @@ def mended(point: dict[str, str]) -> dict[str, str]:
         new["data"] = "jsonl"
     if new["data"] == "text":
         new["task"] = "pretrain"
-    if new["trainer"] == "gpu":
+    if new["trainer"] in ("gpu", "fsdp"):  # sharding takes two ranks, which have tests of their own
         new["trainer"] = "cpu"
+    new["hparams_search"] = "none"  # a search is a multirun
     new["experiment"] = NONE  # its own choices are for its own model and optimizer
     return new
 
