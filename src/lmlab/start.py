@@ -370,6 +370,7 @@ def _environment() -> dict[str, Any]:
             "machine": platform.machine(),
             "system": platform.system(),
             "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),  # until the worker says how many it has
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
