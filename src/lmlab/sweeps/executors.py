@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -151,7 +152,10 @@ class Slurm:
         self.options, self._submitit = options, submitit
         self.folder = folder
         try:
-            self._executor()
+            with (
+                tempfile.TemporaryDirectory() as elsewhere
+            ):  # it makes its folder, and the sweep's is not taken yet
+                submitit.AutoExecutor(folder=elsewhere, cluster=options.cluster)
         except RuntimeError as error:  # no srun on this machine
             raise UserError(
                 f"SLURM cannot be reached: {error}",
