@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lmlab.config.schema import LocalLauncher
+from lmlab.config.schema import LocalLauncher, SlurmLauncher
 from lmlab.journal import RunDir
-from lmlab.sweeps.executors import LocalProcesses
+from lmlab.sweeps.executors import LocalProcesses, Slurm
 from lmlab.sweeps.jobs import GridPoints, Job, label_of, overrides_of, read_results, row_of
 from lmlab.tracking.results import write_results
 
@@ -82,3 +84,37 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
 def test_the_launcher_s_options_are_checked() -> None:
     with pytest.raises(ValueError):
         LocalLauncher(kind="local", jobs=0)
+
+
+def test_what_a_queue_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit's own submission with an sbatch that takes the script and runs nothing: no SLURM can be had here."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (
+        ("srun", "exit 1"),
+        ("sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 77'),
+    ):
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    queue = Slurm(
+        SlurmLauncher(
+            kind="slurm", jobs=2, partition="gpu", account=None, time_minutes=90, cpus_per_task=4,
+            memory_gb=32, parameters={"slurm_qos": "low"}, cluster="slurm",
+        ),
+        tmp_path / "submitit",
+    )  # fmt: skip
+    job = Job(0, [], "", tmp_path, run=RunDir(tmp_path))
+    trainer = SimpleNamespace(accelerator="gpu", devices=2, num_nodes=1)
+    queue.start(job, SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
+    script = (tmp_path / "script").read_text(encoding="utf-8")
+    for line in (
+        "partition=gpu",
+        "qos=low",
+        "time=90",
+        "gpus-per-node=2",
+        "cpus-per-task=4",
+        "signal=USR2@90",
+    ):
+        assert f"#SBATCH --{line}" in script
+    assert (tmp_path / ".submitted").read_text() == "77"

@@ -179,11 +179,10 @@ class Slurm:
             "gpus_per_node": None if trainer.accelerator == "cpu" else trainer.devices,
             "slurm_partition": options.partition,
             "slurm_account": options.account,
-            "slurm_max_num_timeout" if options.cluster == "slurm" else "": NO_END_OF_REQUEUES,
             **options.parameters,
         }
         executor = self._executor()
-        executor.update_parameters(**{k: v for k, v in asked.items() if k and v is not None})
+        executor.update_parameters(**{k: v for k, v in asked.items() if v is not None})
         submitted = executor.submit(WorkerTask(str(job.run.path)))
         (job.folder / SUBMITTED).write_text(submitted.job_id, encoding="utf-8")
         return _Submitted(submitted, job)
@@ -199,7 +198,9 @@ class Slurm:
 
     def _executor(self) -> Any:
         """A new one for each job: what one was told to ask for stays with it."""
-        return self._submitit.AutoExecutor(folder=self.folder, cluster=self.options.cluster)
+        return self._submitit.AutoExecutor(
+            folder=self.folder, cluster=self.options.cluster, slurm_max_num_timeout=NO_END_OF_REQUEUES
+        )
 
 
 class WorkerTask:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from lmlab.config.schema import RunConfig
 from lmlab.data.prepare import prepare
 from lmlab.planning import (
@@ -36,7 +38,8 @@ def refuse_too_large(config: RunConfig, limit_gb: float | None) -> None:
         too_large = _too_large(config, limit_gb)
     except (
         Exception
-    ):  # a plan is no reason not to train; what is wrong with the config is said when the job starts
+    ) as error:  # a plan is no reason not to train; what is wrong with the config the job itself says
+        print(f"warning: no memory plan of this point: {type(error).__name__}: {error}", file=sys.stderr)
         return
     if too_large is not None:
         raise RefusedError(too_large, where="memory plan")
