@@ -135,10 +135,9 @@ class Session:
         max_steps: int,
         resume_from: Path | None,
     ) -> int:
-        from lmlab.assemble import sample_prompts
         from lmlab.models.flops import step_flops
         from lmlab.training import fit as fitting
-        from lmlab.training.callbacks import GracefulStop, RunLog, SampleGrid
+        from lmlab.training.callbacks import GracefulStop, RunLog
         from lmlab.training.checkpoint import Checkpoints
         from lmlab.training.console import Progress
         from lmlab.training.datamodule import LMDataModule
@@ -160,17 +159,7 @@ class Session:
             pause=log.pause,
         )
         stop = GracefulStop(save=checkpoints.save)
-        samples = SampleGrid(
-            built.generator,
-            prompts=sample_prompts(config, prepared, built),
-            grid={name: config.samplers[name] for name in config.samples.grid},
-            seed=config.samples.seed,
-            every_n_steps=config.samples.every_n_steps,
-            max_steps=max_steps,
-            log=self.log_samples,
-            meter=meter,
-            pause=log.pause,
-        )
+        samples = self._sample_grid(built, prepared, meter, max_steps, pause=log.pause)
         extra = [callback.build() for callback in config.callbacks.values()]
         logs = {"log": self.log, "log_layers": self.log_layers, "pause": log.pause}
         callbacks = [
@@ -191,6 +180,25 @@ class Session:
         self.figures.update({"best/val_loss": result.best_loss, "best/step": result.best_step})
         self.figures.update({"skipped_steps": module.skipped_steps} if module.skipped_steps else {})
         return 0 if result.signal is None else 128 + result.signal
+
+    def _sample_grid(
+        self, built: Any, prepared: PreparedData, meter: Any, max_steps: int, *, pause: Any
+    ) -> Any:
+        from lmlab.assemble import sample_prompts
+        from lmlab.training.callbacks import SampleGrid
+
+        config = self.config
+        return SampleGrid(
+            built.generator,
+            prompts=sample_prompts(config, prepared, built),
+            grid={name: config.samplers[name] for name in config.samples.grid},
+            seed=config.samples.seed,
+            every_n_steps=config.samples.every_n_steps,
+            max_steps=max_steps,
+            log=self.log_samples,
+            meter=meter,
+            pause=pause,
+        )
 
     def _module(
         self, built: Any, prepared: PreparedData, meter: Any, max_steps: int, *, branches: bool
