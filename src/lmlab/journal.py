@@ -297,6 +297,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def earlier_texts(run: RunDir, *, begun: Path) -> dict[tuple[int, str, str], str]:
+    """The last sample of each prompt and sampler, up to the checkpoint ``begun`` that ``run`` goes on from.
+
+    Those of the run itself and, if it branched from another, of that one before it.
+
+    Returns:
+        ``(prompt_id, prompt, sampler) -> text``.
+    """
+    trunk = read_json(run.info).get("branched_from")
+    parts = [*([Path(trunk)] if trunk else []), begun]
+    files = [RunDir(part.parent.parent) for part in parts[:-1]] + [run]
+    found: dict[tuple[int, str, str], str] = {}
+    for part, of in zip(parts, files, strict=True):
+        upto = read_json(part / "manifest.json").get("step", -1)
+        for line in of.samples.read_bytes().split(b"\n") if of.samples.is_file() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn line
+                row = json.loads(line)
+                if row["step"] <= upto:
+                    found[row["prompt_id"], row["prompt"], row["sampler"]] = row["text"]
+    return found
+
+
 class Journal:
     """Appends to metrics.jsonl, samples.jsonl and layers.jsonl, handed to the system line by line.
 

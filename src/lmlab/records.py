@@ -166,9 +166,18 @@ class PackedBatch:
         )
 
 
+SAMPLE_FIGURES = ("distinct_1", "distinct_2", "seq_rep_4", "mean_entropy", "similarity")
+"""What is measured of a sample; `similarity` is to the same prompt's and sampler's text at the step before."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One text generated during or after training; a line of samples.jsonl and a row of the W&B table."""
+    """One text generated during or after training; a line of samples.jsonl and a row of the W&B table.
+
+    Attributes:
+        extra: what was measured of it (`SAMPLE_FIGURES`; None where there is nothing to measure) or noted by a plugin;
+            flat in the line.
+    """
 
     step: int
     prompt_id: int
@@ -181,6 +190,7 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The sample as plain JSON values, without the empty ``extra``."""
+        """The sample as plain JSON values, ``extra`` flat among them; a name of its own wins over one there."""
         values = asdict(self)
-        return values if self.extra else {k: v for k, v in values.items() if k != "extra"}
+        extra = values.pop("extra")
+        return {**values, **{name: value for name, value in extra.items() if name not in values}}

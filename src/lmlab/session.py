@@ -14,7 +14,7 @@ from rich.console import Console
 from lmlab import announce
 from lmlab.config.schema import RunConfig, mixed_precision_instead, world_size
 from lmlab.data.prepared import PreparedData
-from lmlab.journal import Journal, RunDir, read_json, write_json
+from lmlab.journal import Journal, RunDir, earlier_texts, read_json, write_json
 from lmlab.records import STOPPED_CODES, Sample
 
 
@@ -159,7 +159,9 @@ class Session:
             pause=log.pause,
         )
         stop = GracefulStop(save=checkpoints.save)
-        samples = self._sample_grid(built, prepared, meter, max_steps, pause=log.pause)
+        samples = self._sample_grid(
+            built, prepared, meter, max_steps, pause=log.pause, resume_from=resume_from
+        )
         extra = [callback.build() for callback in config.callbacks.values()]
         logs = {"log": self.log, "log_layers": self.log_layers, "pause": log.pause}
         callbacks = [
@@ -182,7 +184,14 @@ class Session:
         return 0 if result.signal is None else 128 + result.signal
 
     def _sample_grid(
-        self, built: Any, prepared: PreparedData, meter: Any, max_steps: int, *, pause: Any
+        self,
+        built: Any,
+        prepared: PreparedData,
+        meter: Any,
+        max_steps: int,
+        *,
+        pause: Any,
+        resume_from: Path | None,
     ) -> Any:
         from lmlab.assemble import sample_prompts
         from lmlab.training.callbacks import SampleGrid
@@ -198,6 +207,7 @@ class Session:
             log=self.log_samples,
             meter=meter,
             pause=pause,
+            earlier=earlier_texts(self.run, begun=resume_from) if resume_from is not None else None,
         )
 
     def _module(

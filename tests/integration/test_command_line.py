@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lmlab.journal import RunDir, read_json
+from lmlab.records import SAMPLE_FIGURES
 from tests.integration.conftest import ROOT, command
 
 METRICS = {
@@ -103,6 +104,9 @@ def test_samples_are_a_grid_of_prompts_samplers_and_steps(qlora: tuple[RunDir, A
         for sampler in ("greedy", "top_p_temperature")
     }
     assert len(rows) == 12
+    assert all(set(SAMPLE_FIGURES) <= row.keys() for row in rows)
+    assert [row["step"] for row in rows if row["similarity"] is None] == [0] * 4
+    assert all(0 <= row["similarity"] <= 1 for row in rows if row["step"])
 
 
 def test_wandb_has_the_same_numbers(qlora: tuple[RunDir, Any]) -> None:
@@ -135,7 +139,7 @@ def test_wandb_has_the_same_numbers(qlora: tuple[RunDir, Any]) -> None:
     )
     table = max((json.loads(t.read_text(encoding="utf-8")) for t in tables), key=lambda t: len(t["data"]))
     assert table["columns"][:4] == ["step", "prompt_id", "prompt", "sampler"]
-    assert [row[5] for row in table["data"]] == [r["text"] for r in lines(run.samples)]
+    assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == lines(run.samples)
     config = json.dumps([record for record in records if record["type"] in ("run", "config")])
     assert "qlora" in config
     assert "nf4" in config

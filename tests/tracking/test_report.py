@@ -16,7 +16,8 @@ import pytest
 
 from lmlab.records import Sample, UserError
 from lmlab.tracking import plots
-from lmlab.tracking.report import RunFiles, flatten, read_run, render, sample_groups, status, write_report
+from lmlab.tracking.report import RunFiles, flatten, read_run, render, status, write_report
+from lmlab.tracking.sample_view import sample_groups, word_diff
 
 from .pages import HOSTILE, Page, metric_rows, script, write_json, write_lines, write_run
 
@@ -62,7 +63,8 @@ def test_the_page_is_well_formed_offline_and_accessible(run_dir: Path) -> None:
     assert "best 1.298 at step 150" in str(labels[0])
     html = (run_dir / "report.html").read_text(encoding="utf-8")
     assert "http://" not in html
-    assert html.count("https://") == html.count("https://evil.example") > 0
+    assert html.count("https://evil.example") > 0, "as text"
+    assert not [value for _, attrs in page.tags for value in attrs.values() if value and "://" in value]
     assert "var(--c1)" in html
     assert "#0a0b" not in html
 
@@ -269,6 +271,45 @@ def test_a_long_list_of_sampling_steps_is_cut_evenly_and_said() -> None:
     )[0]
     assert (group["step"], group["earlier_steps"][0], group["earlier_steps"][-1]) == (990, 980, 0)
     assert len(group["earlier_steps"]) + group["left_out"] + 1 == 100
+
+
+def test_a_word_diff_gives_both_texts_back() -> None:
+    old, new = "The cat sat on the mat.\n    It purred.", "The dog sat on a red mat.\n    It barked loudly."
+    changes = word_diff(old, new)
+    assert changes is not None
+    assert "".join(text for kind, text in changes if kind != "gone") == new
+    assert "".join(text for kind, text in changes if kind != "new") == old
+    assert changes[:4] == [("same", "The "), ("gone", "cat"), ("new", "dog"), ("same", " sat on ")]
+    assert word_diff("a b c d", "w x y z") == [("gone", "a b c d"), ("new", "w x y z")], (
+        "one change, not four"
+    )
+    assert word_diff(old, old) == [("same", old)]
+    assert word_diff("", "") == []
+    assert word_diff("x" * 10_001, "y" * 10_000) is None
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_samples_are_shown_with_their_figures_and_what_has_changed(run_dir: Path) -> None:
+    def row(step: int, text: str, **figures: object) -> dict[str, object]:
+        return Sample(step, 0, "p", "greedy", 0, text, 3, "eos", dict(figures)).row()
+
+    rows = [
+        row(0, "the <b>cat</b>", distinct_1=0.5, similarity=None),
+        row(10, "the cat", distinct_1=1.0, mean_entropy=1.23456, similarity=0.25),
+        row(20, "the cat", distinct_1=1.0, similarity=1.0),
+        row(30, "the dog", distinct_1=1.0, similarity=0.5),
+    ]
+    assert "extra" not in rows[0]
+    write_lines(run_dir / "samples.jsonl", rows)
+    html = page_of(run_dir) and (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "the <del>cat</del><ins>dog</ins>" in html
+    assert "the <del>&lt;b&gt;</del>cat<del>&lt;/b&gt;</del>" in html
+    assert "the same as at step 10" in html
+    assert html.count("<details open><summary>since step") == 1, "the newest is open, the others are not"
+    assert "<span>entropy: 1.235 nats</span>" in html
+    assert html.count("similarity:") == 3, "what was not measured is left out"
+    write_lines(run_dir / "samples.jsonl", [row(0, "x " * 9000), row(1, "y " * 9000)])
+    assert "too long to be compared with step 0" in page_of(run_dir).words
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -24,12 +24,10 @@ from lmlab.records import STOPPED_CODES, UserError
 from lmlab.tracking import layer_plots, plots
 from lmlab.tracking.data_view import DataView, Lengths, Shown
 from lmlab.tracking.plots import short
+from lmlab.tracking.sample_view import sample_groups
 from lmlab.tracking.values import aligned, as_written, counted, duration, flatten, shown, visible
 
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "summary.json", "data_report.json", "config.yaml", "run.json")
-EARLIER_STEPS = 24
-"""Earlier sampling steps shown per prompt; of more, some are left out evenly, and the page says so."""
-
 _WENT_WELL = {"finished", "completed", "complete", "success", "succeeded", "ok", "done"}
 _WENT_WRONG = {"failed", "error", "crashed", "killed", "nonfinite", "diverged"}
 
@@ -269,26 +267,6 @@ def _cost_figures(run: RunFiles, flat: Mapping[str, Any]) -> list[Tile]:
         note = f"{short(max(tokens.values()))} tokens trained on" if tokens else ""
         tiles.append(Tile("Time to the last log point", duration(max(times)), note))
     return tiles
-
-
-def sample_groups(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Samples by prompt: the rows of the newest step, and those of the earlier steps, newest first."""
-    by_prompt: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in samples:
-        by_prompt.setdefault((str(row.get("prompt_id", "")), str(row.get("prompt", ""))), []).append(row)
-    groups = []
-    for (prompt_id, prompt), rows in by_prompt.items():
-        steps = sorted({row["step"] for row in rows}, reverse=True)
-        earlier = steps[1:]
-        if len(earlier) > EARLIER_STEPS:
-            stride = (len(earlier) - 1) / (EARLIER_STEPS - 1)
-            earlier = [earlier[round(place * stride)] for place in range(EARLIER_STEPS)]
-        groups.append({
-            "id": prompt_id, "prompt": prompt, "step": steps[0], "left_out": len(steps) - 1 - len(earlier),
-            "newest": [row for row in rows if row["step"] == steps[0]],
-            "earlier": [row for step in earlier for row in rows if row["step"] == step], "earlier_steps": earlier,
-        })  # fmt: skip
-    return groups
 
 
 def validations(run: RunFiles) -> dict[str, Any]:

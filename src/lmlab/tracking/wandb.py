@@ -20,14 +20,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lmlab.records import OF_A_MULTIRUN, Sample
+from lmlab.records import OF_A_MULTIRUN, SAMPLE_FIGURES, Sample
 from lmlab.registry import Config
 from lmlab.tracking.data_view import DataView
 from lmlab.tracking.errands import Errands
 from lmlab.tracking.layer_plots import HeatMap, heat_maps, picture
 from lmlab.tracking.values import writable
 
-SAMPLE_COLUMNS = ("step", "prompt_id", "prompt", "sampler", "seed", "text", "new_tokens", "stop_reason")
+SAMPLE_COLUMNS = ("step", "prompt_id", "prompt", "sampler", "seed", "text", "new_tokens", "stop_reason",
+                  *SAMPLE_FIGURES)  # fmt: skip
 UTF8 = "utf-8"
 EXAMPLE_COLUMNS = ("where", "tokens", "supervised_tokens", "truncated", "text")
 OF_AN_AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
@@ -194,7 +195,7 @@ class WandbTracker:
         """Mirror new samples: a table with all rows so far, because W&B shows a logged table as it was."""
         if self._run is None or not samples:
             return
-        self._rows += [[getattr(sample, column) for column in SAMPLE_COLUMNS] for sample in samples]
+        self._rows += [[row.get(column) for column in SAMPLE_COLUMNS] for row in (s.row() for s in samples)]
         rows: list[Any] = list(self._rows)
 
         def table() -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lmlab.evaluation.diversity import text_figures
 from lmlab.generation.samplers import SamplerConfig
-from lmlab.generation.text import TextGenerator
+from lmlab.generation.text import GeneratedText, TextGenerator
 from lmlab.models.flops import StepFlops
 from lmlab.models.memory import MemoryMeter
 from lmlab.modes import is_sharded
@@ -167,6 +168,7 @@ class SampleGrid(Callback):
         prompts: ``(shown, full)``: what a person reads and what the model is given.
         grid: sampler name -> sampler.
         log: ``(step, samples)``, on rank 0 only.
+        earlier: ``(prompt_id, shown prompt, sampler name) -> text`` of the step before, for a run that goes on.
     """
 
     def __init__(
@@ -181,7 +183,9 @@ class SampleGrid(Callback):
         log: LogSamples,
         meter: MemoryMeter,
         pause: Callable[[], AbstractContextManager[None]],
+        earlier: Mapping[tuple[int, str, str], str] | None = None,
     ) -> None:
+        self._earlier = dict(earlier or {})
         self.generator, self.prompts, self.grid, self.seed = generator, prompts, grid, seed
         self.every, self.max_steps, self.log_samples, self.meter = every_n_steps, max_steps, log, meter
         self._sampled, self._pause = -1, pause
@@ -215,21 +219,20 @@ class SampleGrid(Callback):
             for name, sampler in self.grid.items():
                 seeds = [self.seed + index for index in range(len(self.prompts))]
                 texts = self.generator([full for _, full in self.prompts], sampler=sampler, seeds=seeds)
-                for index, (text, (shown, _)) in enumerate(zip(texts, self.prompts, strict=True)):
-                    samples.append(
-                        Sample(
-                            step,
-                            index,
-                            shown,
-                            name,
-                            seeds[index],
-                            text.text,
-                            text.new_tokens,
-                            text.stop_reason,
-                        )
-                    )
+                for index, text in enumerate(texts):
+                    samples.append(self._sample_of(step, index, name, seeds[index], text))
         if trainer.is_global_zero:
             self.log_samples(step, samples)
+
+    def _sample_of(self, step: int, index: int, sampler: str, seed: int, text: GeneratedText) -> Sample:
+        """A text with its figures, which becomes the earlier one of the next step."""
+        shown = self.prompts[index][0]
+        earlier = self._earlier.get((index, shown, sampler))
+        self._earlier[index, shown, sampler] = text.text
+        figures = text_figures(text.text, earlier=earlier, mean_entropy=getattr(text, "mean_entropy", None))
+        return Sample(
+            step, index, shown, sampler, seed, text.text, text.new_tokens, text.stop_reason, extra=figures
+        )
 
 
 REPEATED_SECONDS = 1.0
