@@ -70,23 +70,25 @@ class TokenRows(TrainableTokensLayer):
     """An embedding or head of which some rows are trained: the base's result, with those rows' own in its place.
 
     Shapes: ids ``[...]`` -> ``[..., width]`` for an embedding; hidden states ``[..., width]`` -> ``[..., vocab]`` for
-    a head. Rows are fp32 and come out in the type of the base's result.
+    a head. Rows are fp32 and come out in the type of the base's result. Several adapters have rows of their own each.
     """
 
-    row_ids: torch.Tensor  # int64 [n], on the module's device
+    def row_ids(self, adapter: str) -> torch.Tensor:
+        """int64 ``[n]``, the rows that ``adapter`` trains, on the module's device."""
+        return getattr(self, f"row_ids_{adapter}")
 
     def forward_adapters(
         self, x: torch.Tensor, active_adapters: list[str], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        if self.disable_adapters or not active_adapters or self.merged:
+        if self.disable_adapters or len(active_adapters) != 1 or self.merged:
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
         base: Any = self.base_layer
         result = base(x, *args, **kwargs)
-        rows = self.trainable_tokens_delta[active_adapters[0]]
+        rows, row_ids = self.trainable_tokens_delta[active_adapters[0]], self.row_ids(active_adapters[0])
         if isinstance(base, nn.Linear):
             own = F.linear(x, rows if torch.is_autocast_enabled(x.device.type) else rows.to(x.dtype))
-            return result.index_copy_(-1, self.row_ids, own.to(result.dtype))  # in place: logits are large
-        hits = x[..., None] == self.row_ids
+            return result.index_copy_(-1, row_ids, own.to(result.dtype))  # in place: logits are large
+        hits = x[..., None] == row_ids
         own = F.embedding(hits.to(torch.uint8).argmax(-1), rows).to(result.dtype)
         scale = self._get_embed_scale()
         if scale is not None:
@@ -95,12 +97,12 @@ class TokenRows(TrainableTokensLayer):
 
 
 def use_token_rows(model: nn.Module) -> None:
-    """Give every trained-rows layer that PEFT put in lmlab's arithmetic; the files stay the same."""
+    """Give every trained-rows layer that PEFT put in lmlab's arithmetic, of all adapters; the files stay the same."""
     for module in list(model.modules()):
-        if type(module) is TrainableTokensLayer:
-            ids = next(iter(module.token_indices.values()))
-            layer: Any = module
-            layer.__class__ = TokenRows
-            base: Any = layer.base_layer
-            values = torch.tensor(ids, device=base.weight.device)
-            layer.register_buffer("row_ids", values, persistent=False)
+        if type(module) is not TrainableTokensLayer and not isinstance(module, TokenRows):
+            continue
+        layer: Any = module
+        layer.__class__ = TokenRows
+        for name, ids in layer.token_indices.items():
+            values = torch.tensor(ids, device=layer.base_layer.weight.device)
+            layer.register_buffer(f"row_ids_{name}", values, persistent=False)
