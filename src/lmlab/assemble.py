@@ -268,10 +268,11 @@ def text_generator(
     return TextGenerator(
         model,
         encode=lambda text: list(encode_document(tokenizer, text, add_bos=add_bos)[0]),
-        # An end mark of several tokens is no stop id: EOS follows it, and it is text until then.
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True).removesuffix(mark),
+        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
         eos_token_ids=_stop_ids(tokenizer, generation_config, prompting),
         around=around,
+        tokenizer=tokenizer,
+        end_mark=mark,  # of several tokens it is no stop id: EOS follows it, and it is text until then
     )
 
 

@@ -77,7 +77,8 @@ def test_defaults_of_a_plain_start(run_config: Compose) -> None:
     assert (config.tokenizer.kind, config.adapter.kind, config.quant.kind) == ("from_model", "lora", "none")
     assert (config.sampler.kind, config.trainer.max_steps, config.output_root) == ("greedy", 200, "outputs")
     assert config.samples.grid == ["greedy", "top_p_temperature"]
-    assert set(config.samplers) == {"greedy", "temperature", "top_k", "top_p", "top_p_temperature"}
+    named = "greedy temperature top_k top_p top_p_temperature min_p typical combined"
+    assert set(config.samplers) == set(named.split())
     assert all(sampler.kind == name for name, sampler in config.samplers.items())
     assert config.trainer.precision == "auto"
     assert [step for step in range(1, 131) if config.trainer.log_due(step)] == [*range(1, 101), 110, 120, 130]

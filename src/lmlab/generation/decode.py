@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from lmlab.generation.constraints import Constraints, constraints_of
 from lmlab.generation.samplers import SamplerConfig, draw
 from lmlab.modes import evaluating, is_sharded
 from lmlab.records import RunFailedError, UserError
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from lmlab.generation.cache import FilledLayer
     from lmlab.generation.graphs import StaticSteps
 
-StopReason = Literal["eos", "length", "context"]
+StopReason = Literal["eos", "length", "context", "stop", "complete"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ class Generated:
 
     Attributes:
         token_ids: the new tokens, without the end-of-sequence token.
-        stop_reason: ``eos``; ``length`` (max_new_tokens written); ``context`` (the model's context is full).
+        stop_reason: ``eos``; ``length`` (max_new_tokens written); ``context`` (the model's context is full); ``stop``
+            (``on_token`` said so); ``complete`` (a text by the sampler's JSON schema, whole).
+        mean_entropy: of softmax(logits), in nats, the mean over the row's steps; None unless asked for.
     """
 
     token_ids: list[int]
     stop_reason: StopReason
+    mean_entropy: float | None = None
 
 
 def generate(
@@ -52,7 +56,9 @@ def generate(
     eos_token_ids: Collection[int],
     seeds: Sequence[int],
     pad_token_id: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
+    tokenizer: Any = None,
+    entropy: bool = False,
 ) -> list[Generated]:
     """Continue every prompt, all in one batch, and leave the model and the global random state as they were.
 
@@ -64,7 +70,10 @@ def generate(
         eos_token_ids: any of these ends a row.
         seeds: one per prompt; row i draws from ``torch.Generator().manual_seed(seeds[i])``.
         pad_token_id: fills the left of shorter prompts; never seen by the model's attention.
-        on_token: called as ``on_token(prompt_index, token_id)`` for each new token, for streaming.
+        on_token: called as ``on_token(prompt_index, token_id)`` for each new token, for streaming; the row ends there if
+            it returns True. A sampler's ``stop`` strings are for such a caller, as `TextGenerator` is, to find.
+        tokenizer: transformers'; for samplers whose ``needs_tokenizer`` is true.
+        entropy: measure ``mean_entropy``: one more pass over the logits.
 
     Returns:
         One `Generated` per prompt, in order; [] for no prompts.
@@ -72,10 +81,12 @@ def generate(
     Raises:
         UserError: a prompt is empty, or leaves no room in the model's context.
         RunFailedError: the logits are not finite (the weights have diverged).
-        ValueError: not as many seeds as prompts.
+        ValueError: not as many seeds as prompts; ``stop`` without ``on_token``.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+    if sampler.stop and on_token is None:
+        raise ValueError("stop strings are text: call a TextGenerator, or find them in on_token")
     if not prompts:
         return []
     limit = context_length(model)
@@ -84,11 +95,13 @@ def generate(
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         room = sampler.max_new_tokens if limit is None else min(sampler.max_new_tokens, limit - len(prompt))
         rows.append(_Row(index=i, room=room, generator=torch.Generator().manual_seed(seed)))
+    constraints = constraints_of(sampler, prompts, tokenizer=tokenizer, eos_token_ids=eos_token_ids)
     # no_grad, not inference_mode: a layer may cache a tensor during this forward (rotary tables, a quantizer's
     # state), and an inference tensor left inside a model that goes on training cannot be saved for backward.
     with evaluating(model), torch.no_grad():
         batch = _Batch(model, prompts, rows=list(rows), pad_token_id=pad_token_id)
-        _write(batch, sampler, eos_token_ids=frozenset(eos_token_ids), on_token=on_token)
+        ends = _Ends(frozenset(eos_token_ids), constraints, on_token)
+        _write(batch, sampler, ends, entropy=entropy)
     return [row.result(sampler.max_new_tokens) for row in rows]
 
 
@@ -105,15 +118,38 @@ class _Row:
     room: int
     generator: torch.Generator
     new: list[int] = field(default_factory=list)
-    ended: bool = False
+    reason: StopReason | None = None
+    entropies: list[float] = field(default_factory=list)
 
     @property
     def live(self) -> bool:
-        return not self.ended and len(self.new) < self.room
+        return self.reason is None and len(self.new) < self.room
 
     def result(self, max_new_tokens: int) -> Generated:
         full: StopReason = "length" if len(self.new) == max_new_tokens else "context"
-        return Generated(self.new, "eos" if self.ended else full)
+        mean = sum(self.entropies) / len(self.entropies) if self.entropies else None
+        return Generated(self.new, self.reason or full, mean)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """All that can end a row but its length."""
+
+    eos_token_ids: frozenset[int]
+    constraints: Constraints | None
+    on_token: Callable[[int, int], bool | None] | None
+
+    def take(self, row: _Row, token: int) -> None:
+        """Give the row its next token, and its reason to stop if there is one."""
+        if token in self.eos_token_ids:
+            row.reason = "complete" if self.constraints is not None and self.constraints.completes else "eos"
+            return
+        row.new.append(token)
+        complete = self.constraints is not None and self.constraints.took(row.index, token)
+        if self.on_token is not None and self.on_token(row.index, token):
+            row.reason = "stop"
+        elif complete:
+            row.reason = "complete"
 
 
 class _Batch:
@@ -217,36 +253,42 @@ class _Batch:
         self.mask = torch.cat([self.mask, live], dim=1)
 
 
-def _write(
-    batch: _Batch,
-    sampler: SamplerConfig,
-    *,
-    eos_token_ids: frozenset[int],
-    on_token: Callable[[int, int], None] | None,
-) -> None:
+def _write(batch: _Batch, sampler: SamplerConfig, ends: _Ends, *, entropy: bool) -> None:
     """Step until every row has ended; the rows collect their tokens."""
     processors = sampler.processors()
     while True:
-        scores = processors(batch.ids, batch.logits())  # pyright: ignore[reportArgumentType] - int64, as it wants
+        scores = logits = batch.logits()
+        if ends.constraints is not None:
+            indices = [row.index if row.live else None for row in batch.rows]
+            scores = ends.constraints.apply(batch.ids, batch.mask, indices, scores)
+        scores = processors(batch.ids, scores)  # pyright: ignore[reportArgumentType] - int64, as it wants
         best, tokens = scores.max(-1)  # NaN is the maximum of a row that has one
         if sampler.draws:
             tokens = draw(scores, [row.generator for row in batch.rows])
-        # One transfer for both; ids are exact in fp64.
-        finite, *chosen = torch.cat([best.isfinite().all()[None].double(), tokens.double()]).tolist()
+        # One transfer for all; ids are exact in fp64.
+        found = [best.isfinite().all()[None].double(), tokens.double()]
+        if entropy:
+            found.append(torch.special.entr(logits.softmax(-1)).sum(-1).double())
+        finite, *values = torch.cat(found).tolist()
         if not finite:
-            raise RunFailedError("the logits are not finite while generating: the weights have diverged")
-        for row, value in zip(batch.rows, chosen, strict=True):
-            if not row.live:
-                continue
-            token = int(value)
-            row.ended = token in eos_token_ids
-            if not row.ended:
-                row.new.append(token)
-                if on_token is not None:
-                    on_token(row.index, token)
+            raise _no_choice(best)
+        for line, row in enumerate(batch.rows):
+            if row.live:
+                if entropy:
+                    row.entropies.append(values[len(batch.rows) + line])
+                ends.take(row, int(values[line]))
         if not any(row.live for row in batch.rows):
             return
         batch.append(tokens)
+
+
+def _no_choice(best: torch.Tensor) -> RunFailedError:
+    """Why the best score ``[lines]`` of some row is no number."""
+    if bool((best.isnan() | (best == torch.inf)).any()):
+        return RunFailedError("the logits are not finite while generating: the weights have diverged")
+    return RunFailedError(
+        "no token is left to choose while generating: the sampler's bad_words, json_schema and the like rule out all"
+    )
 
 
 def prefill_groups(lengths: Sequence[int], *, one_more: int) -> list[slice]:
