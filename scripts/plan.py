@@ -16,27 +16,16 @@ AS_JSON = "--json"
 
 
 def show(composed: Any, overrides: list[str], *, as_json: bool) -> int:
-    from lmlab.planning import (
-        cached_plan,
-        capacity_gb,
-        device_and_precision,
-        model_config,
-        planned_run,
-        workload_of_config,
-    )
+    from lmlab.planning import plan_of_config
 
     config = to_run_config(composed)
-    device_type, precision = device_and_precision(config)
-    hf_config = model_config(config)
-    workload = workload_of_config(config, hf_config)
-    run = planned_run(config, hf_config, workload, device_type=device_type, precision=precision)
-    made = cached_plan(run, config)
-    there = capacity_gb(device_type)
+    planned = plan_of_config(config)
+    made, there, tokens = planned.made(), planned.capacity_gb, sum(planned.workload.train)
     if as_json:
         figures = {
-            "device": device_type,
-            "precision": precision,
-            "tokens_per_micro_batch": sum(workload.train),
+            "device": planned.device_type,
+            "precision": planned.precision,
+            "tokens_per_micro_batch": tokens,
             "bytes": made.phases,
             "peak_gb": made.growth_gb(),
             "total_gb": made.total_gb,
@@ -44,22 +33,19 @@ def show(composed: Any, overrides: list[str], *, as_json: bool) -> int:
         }
         print(json.dumps(figures, indent=1))
         return 0
-    _print_table(
-        config, made, device_type=device_type, precision=precision, tokens=sum(workload.train), there=there
-    )
+    _print_table(planned, made, tokens=tokens, there=there)
     return 0
 
 
-def _print_table(
-    config: Any, made: Any, *, device_type: str, precision: str, tokens: int, there: float | None
-) -> None:
+def _print_table(planned: Any, made: Any, *, tokens: int, there: float | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from lmlab.models.plan import KINDS
 
+    config, device_type = planned.config, planned.device_type
     kinds = [kind for kind in KINDS if any(parts[kind] for parts in made.phases.values())]
-    title = f"{config.model.label}, {config.adapter.kind} over {config.quant.kind}, {tokens:,} tokens a micro-batch, {precision} on {device_type}: GB by phase"
+    title = f"{config.model.label}, {config.adapter.kind} over {config.quant.kind}, {tokens:,} tokens a micro-batch, {planned.precision} on {device_type}: GB by phase"
     table = Table(title=title, title_justify="left")
     table.add_column("phase")
     for kind in kinds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from lmlab import ranks
-from lmlab.config.compose import CONF, to_run_config
+from lmlab.config.compose import CONF, run_app, to_run_config
 from lmlab.journal import RunDir, write_json
 from lmlab.models.hardware import choose_hardware
 from lmlab.records import OF_A_MULTIRUN, UserError
+from lmlab.start import start
 from tests.integration.conftest import command
 
 SRUN = {
@@ -163,9 +165,29 @@ def test_a_node_that_does_not_see_the_run_says_so(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_train_py_is_not_a_rank(tmp_path: Path) -> None:
-    done = command("train.py", f"output_root={tmp_path}", **RANK_1)
-    assert done.returncode == 2
-    assert "train.py prepares a run once" in done.stderr
-    assert "-m lmlab.worker RUN_DIR" in done.stderr
+@pytest.mark.parametrize("environ", [RANK_1, SRUN], ids=["RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize(
+    "told",
+    [[], ["-m", "seed=1,2"], ["-m", "hparams_search=optuna", "seed=1,2"]],
+    ids=["run", "multirun", "search"],
+)
+def test_train_py_is_no_rank(
+    environ: dict[str, Any],
+    told: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored afterwards
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["train.py", *told, f"output_root={tmp_path}"])
+    assert run_app(start) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    who = "one rank of several (RANK)" if environ is RANK_1 else "one task of srun of several (SLURM_PROCID)"
+    assert line == (
+        f"error: train.py prepares a run once, and here it is {who}: "
+        "start train.py by itself, then the ranks with: -m lmlab.worker RUN_DIR"
+    )
     assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -157,6 +158,20 @@ def test_a_module_is_described_and_of_human_size(file: Path) -> None:
     assert file.stem not in ("utils", "helpers", "util", "common", "misc")
     assert not text or ast.get_docstring(tree(file)), "no docstring"
     assert len(text.splitlines()) <= 400
+
+
+def functions(file: Path) -> Iterator[tuple[str, int]]:
+    """(name, lines) of every function, methods and inner ones too."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+@pytest.mark.parametrize(
+    "file", [*FILES, *sorted((ROOT / "scripts").glob("*.py"))], ids=lambda file: file.name
+)
+def test_functions_are_of_human_size(file: Path) -> None:
+    assert [(name, length) for name, length in functions(file) if length > 60] == []
 
 
 # --- what is installed ----------------------------------------------------------------------------------------------

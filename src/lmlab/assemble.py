@@ -71,7 +71,6 @@ def build_for_training(
     from lmlab.models.adapters import count_parameters
     from lmlab.models.attention import use_packed_attention
     from lmlab.models.build import compile_layers
-    from lmlab.models.head import in_chunks
     from lmlab.models.probe import supports_flat
     from lmlab.tokenizers import load_tokenizer, rows_needed
 
@@ -101,9 +100,7 @@ def build_for_training(
         generation_config.eos_token_id = sorted(generator.eos_token_ids)
     optim = optim_in_force(config, hardware.device.type)
     if optim is not config.optim:
-        say(
-            "adapter=qlora on a GPU: paged 8-bit AdamW in place of AdamW (optim.name=adamw8bit or sgd to choose another)"
-        )
+        say(PAGED)
     return BuiltModel(
         model,
         flat=flat,
@@ -114,14 +111,26 @@ def build_for_training(
             model, tokenizer, folder, base_path=base_path, info=info, weights=weights
         ),
         figures=figures,
-        policy=hardware.table(
-            flat=flat,
-            checkpointing=config.model.gradient_checkpointing,
-            compiled=config.trainer.compile,
-            optimizer=optim.name,
-            chunked=in_chunks(model),
-            adapter=config.adapter.kind,
-        ),
+        policy=_policy(config, hardware, model, flat=flat, optimizer=optim.name),
+    )
+
+
+PAGED = "adapter=qlora on a GPU: paged 8-bit AdamW in place of AdamW (optim.name=adamw8bit or sgd to choose another)"
+
+
+def _policy(
+    config: RunConfig, hardware: Hardware, model: Any, *, flat: bool, optimizer: str
+) -> list[tuple[str, str]]:
+    """What follows from the machine, for the table at the start."""
+    from lmlab.models.head import in_chunks
+
+    return hardware.table(
+        flat=flat,
+        checkpointing=config.model.gradient_checkpointing,
+        compiled=config.trainer.compile,
+        optimizer=optimizer,
+        chunked=in_chunks(model),
+        adapter=config.adapter.kind,
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -193,6 +193,47 @@ def _largest(rows: Any, batches: Any, *, flat: bool) -> tuple[tuple[int, ...], i
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class ConfigPlan:
+    """What is planned of a config alone: no data, no weights, and no GPU for ``trainer.accelerator=gpu``.
+
+    Attributes:
+        hf_config: the transformers config of its model.
+        device_type, precision: of the machine meant.
+    """
+
+    config: RunConfig
+    hf_config: Any
+    device_type: str
+    precision: str
+
+    @property
+    def workload(self) -> Workload:
+        """Every row full, every token trained."""
+        return workload_of_config(self.config, self.hf_config)
+
+    @property
+    def capacity_gb(self) -> float | None:
+        """What the device has; None: there is none here."""
+        return capacity_gb(self.device_type)
+
+    def made(self, workload: Workload | None = None) -> MemoryPlan:
+        """The plan of ``workload``, or of full rows; from the cache where it was made before."""
+        where = {"device_type": self.device_type, "precision": self.precision}
+        run = planned_run(self.config, self.hf_config, workload or self.workload, **where)
+        return cached_plan(run, self.config)
+
+
+def plan_of_config(config: RunConfig) -> ConfigPlan:
+    """Read what a plan needs of a config.
+
+    Raises:
+        UserError: the model's config, or the tokenizer that decides its size, cannot be read.
+    """
+    device_type, precision = device_and_precision(config)
+    return ConfigPlan(config, model_config(config), device_type, precision)
+
+
 def cached_plan(run: PlannedRun, config: RunConfig) -> MemoryPlan:
     """The plan of ``run``, from the cache where it was made before."""
     from lmlab.models.plan import MemoryPlan, plan
@@ -338,18 +379,15 @@ def out_of_memory(config: RunConfig, meter: MemoryMeter | None) -> str:
 
 
 def _out_of_memory(config: RunConfig, meter: MemoryMeter | None) -> str:
-    device_type, precision = device_and_precision(config)
-    hf_config = model_config(config)
+    known = plan_of_config(config)
     base = 0.0 if meter is None else meter.base_gb
 
     def replan(changed: RunConfig) -> float:
-        workload = workload_of_config(changed, hf_config)
-        run = planned_run(changed, hf_config, workload, device_type=device_type, precision=precision)
-        return base + max(cached_plan(run, changed).growth_gb().values())
+        return base + max(replace(known, config=changed).made().growth_gb().values())
 
     planned = replan(config)
     where = "" if meter is None or meter.current is None else f" in {meter.current}"
-    limit = capacity_gb(device_type)
+    limit = known.capacity_gb
     if limit is None:
         raise UserError("no such device here")
     told = f"up to {planned:.2f} GB planned{where}, {limit:.2f} GB there"

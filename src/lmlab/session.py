@@ -162,12 +162,10 @@ class Session:
         samples = self._sample_grid(
             built, prepared, meter, max_steps, pause=log.pause, resume_from=resume_from
         )
-        extra = [callback.build() for callback in config.callbacks.values()]
         logs = {"log": self.log, "log_layers": self.log_layers, "pause": log.pause}
-        callbacks = [
-            LayerLog(config.trainer, max_steps=max_steps, **logs),
-            *fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra),
-        ]
+        layers = LayerLog(config.trainer, max_steps=max_steps, **logs)
+        extra = [*(callback.build() for callback in config.callbacks.values()), layers]
+        callbacks = fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra)
         trainer = fitting.build_trainer(
             config.trainer,
             hardware,

@@ -134,11 +134,13 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
         code = 0
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        code = int(read_json(run.summary).get("exit_code") or 1)
-        if run.out_of_memory.exists():  # then the first rank's SIGTERM came from here
-            code = 1
-            write_json(run.summary, {**read_json(run.summary), "status": "failed", "exit_code": code})
-        if read_json(run.summary).get("status") != "finished" and code == 1:
+        # Of the rank that failed first: the others' SIGTERM came from here, or they lost the connection to it.
+        code = 1 if run.out_of_memory.exists() or failure.exitcode < 0 else int(failure.exitcode)
+        summary = read_json(run.summary)
+        if summary.get("status") != "finished" and summary.get("exit_code") != code:
+            status = "interrupted" if code in STOPPED_CODES else "failed"
+            write_json(run.summary, {**summary, "status": status, "exit_code": code})
+        if code not in (2, *STOPPED_CODES):
             print(
                 f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above",
                 file=sys.stderr,

@@ -12,7 +12,7 @@ import pytest
 
 from lmlab.journal import RunDir, read_json
 from lmlab.records import SAMPLE_FIGURES
-from tests.integration.conftest import ROOT, command
+from tests.integration.conftest import ROOT, command, lines
 
 METRICS = {
     "train/loss",
@@ -52,10 +52,6 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, subprocess.
     )
     assert done.returncode == 0, done.stderr
     return RunDir(root / "sft" / "qlora-test"), done
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_the_run_directory_is_complete(qlora: tuple[RunDir, Any]) -> None:

@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 from lmlab.data.split import draw
 from lmlab.journal import RunDir, read_json
 from lmlab.records import Record
-from tests.integration.conftest import command
-from tests.integration.test_command_line import lines
+from tests.integration.conftest import command, lines
 
 NOUNS = ("apple", "bridge", "cloud", "desk", "engine", "forest", "garden", "hammer", "island", "jacket")
 QUESTIONS = ("What colour has the {}?", "Where is the {}?")

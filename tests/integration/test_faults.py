@@ -18,17 +18,9 @@ import pytest
 from lmlab.journal import Journal, RunDir, read_json
 from lmlab.training.checkpoint import newest_checkpoint
 
-from .conftest import ROOT, command
+from .conftest import ROOT, TINY, begun, command, lines, running, started
 
-QUICK = (
-    "data=skills",
-    "data.num_records=60",
-    "metrics=none",
-    "samples.prompts=0",
-    "trainer.accelerator=cpu",
-    "trainer.memory_plan=false",
-    "logger=none",
-)
+QUICK = (*TINY, "logger=none")
 PLUGIN = """
 from typing import Literal
 import torch
@@ -74,10 +66,6 @@ def with_failing(how: str, *, at: int = 1, rows: int = 0) -> list[str]:
         "~loss.z_loss",
         *(f"+loss.{name}={value}" for name, value in given.items()),
     ]
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -225,22 +213,6 @@ def test_lines_wait_for_room_and_none_is_lost(tmp_path: Path, capsys: pytest.Cap
 # --- signals and kills ------------------------------------------------------------------------------------------------
 
 
-def started(tmp_path: Path, *told: str, **environment: str) -> tuple[subprocess.Popen[str], RunDir]:
-    """A long run that has logged its first step."""
-    overrides = [*QUICK, "trainer.max_steps=100000", "trainer.val_every_n_steps=100000", *told]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *overrides, f"output_root={tmp_path}", "run_name=run"],
-        cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    run = RunDir(tmp_path / "sft" / "run")
-    deadline = time.monotonic() + 120
-    while not (run.metrics.exists() and "train/loss" in run.metrics.read_text(encoding="utf-8")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
-    return process, run
-
-
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_slurm_s_signal_saves_and_requeues(tmp_path: Path, devices: int) -> None:
     """The job's own script calls train.py with resume=auto: the same command goes on after the requeue."""
@@ -300,13 +272,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
 def test_nobody_reads_the_output_any_more(tmp_path: Path) -> None:
     """`python train.py | head -1`: the run ends as it would have, without a word about the pipe."""
     told = [*QUICK, "trainer.max_steps=3", f"output_root={tmp_path}", "run_name=piped"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *told],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = begun("train.py", *told)
     assert process.stdout is not None
     assert process.stdout.readline()
     process.stdout.close()
@@ -330,19 +296,13 @@ def test_a_rank_that_dies_ends_the_run_soon(tmp_path: Path) -> None:
     assert process.returncode not in (0, 2)
     assert "rank 1" in errors
     assert read_json(run.summary)["status"] == "failed"
-    assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+    assert not running(ranks)
 
 
 @pytest.mark.slow
 def test_two_runs_of_two_ranks_at_once_do_not_share_a_port(tmp_path: Path) -> None:
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "train.py", *QUICK, "trainer.max_steps=2", "trainer.devices=2",
-             f"output_root={tmp_path}", f"run_name=run{index}"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for index in range(2)
-    ]  # fmt: skip
+    told = [*QUICK, "trainer.max_steps=2", "trainer.devices=2", f"output_root={tmp_path}"]
+    runs = [begun("train.py", *told, f"run_name=run{index}") for index in range(2)]
     for process in runs:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors

@@ -24,10 +24,10 @@ from lmlab.load import load_for_use
 from lmlab.records import UserError
 from lmlab.training.checkpoint import FolderCheckpointIO
 
-from .conftest import command
+from .conftest import TINY, command
 
 Train = Callable[..., RunDir]
-QUICK = ("data=skills", "data.num_records=60", "metrics=none", "samples.prompts=0", "trainer.max_steps=1")
+QUICK = (*TINY, "trainer.max_steps=1")
 
 
 class Payload:
@@ -125,8 +125,8 @@ def test_resuming_from_one_is_refused_as_typed(trained: RunDir, tmp_path: Path, 
     path = checkpoint_of(run.checkpoints, saved.read_bytes())
     for resume in ("auto", str(path)):
         done = command(
-            "train.py", *QUICK[:-1], "trainer.max_steps=2", "adapter.rank=2", "trainer.accelerator=cpu", "logger=none",
-            "trainer.memory_plan=false", f"output_root={tmp_path}", "run_name=copy", f"resume={resume}",
+            "train.py", *TINY, "trainer.max_steps=2", "adapter.rank=2", "logger=none",
+            f"output_root={tmp_path}", "run_name=copy", f"resume={resume}",
         )  # fmt: skip
         assert done.returncode == 2, done.stdout + done.stderr
         assert "holds code, which is not run" in done.stderr

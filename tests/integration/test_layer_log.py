@@ -11,9 +11,7 @@ import pytest
 
 from lmlab.checks import compare_runs, metric_agreement
 from lmlab.journal import RunDir, read_json
-from tests.integration.conftest import command
-from tests.integration.test_command_line import lines
-from tests.integration.test_processes import QUICK
+from tests.integration.conftest import QUICK, command, lines
 
 Train = Callable[..., RunDir]
 STEPS = 6
@@ -145,5 +143,6 @@ def test_stop_after_is_the_beginning_of_the_longer_schedule(train: Train) -> Non
     assert [len(found) for found in rates] == [3, 5]
     assert rates[0] == rates[1][:3]
     assert max(row["step"] for row in lines(first.metrics) if "val/loss" in row) == 3
+    assert {row["step"] for row in lines(first.layers)} == {2, 3}, "at the stop's own validation too"
     assert read_json(first.summary)["status"] == "finished"
     assert list(compare_runs(second, first, after=-1, upto=3)) == []

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +12,12 @@ import pytest
 import yaml
 
 from lmlab.journal import read_json
+from lmlab.sweeps.earlier import read_results
 from lmlab.sweeps.executors import WorkerTask
-from lmlab.sweeps.jobs import read_results
 
-from .conftest import ROOT, command
+from .conftest import TINY, begun, command, rows_of, trained, wait_for
 
-TINY = (
-    "data=skills",
-    "data.num_records=60",
-    "trainer.memory_plan=false",
-    "metrics=none",
-    "samples.prompts=0",
-    "trainer.accelerator=cpu",
-)
 SHORT = ("trainer.max_steps=3", "trainer.val_every_n_steps=3")
-
-
-def rows_of(root: Path) -> list[dict[str, str]]:
-    with (root / "results.csv").open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 300) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return found
-
-
-def trained(folder: Path) -> bool:
-    file = folder / "metrics.jsonl"
-    return file.is_file() and "train/loss" in file.read_text(encoding="utf-8")
-
-
-def begun(*told: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "train.py", "-m", *told],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 # --- whole sweeps -----------------------------------------------------------------------------------------------------
@@ -101,7 +59,7 @@ def test_eight_jobs_of_which_five_finish_and_a_second_start(tmp_path: Path) -> N
     told = ["--config-dir", str(tmp_path / "conf"), f"experiment={','.join(EIGHT)}", *TINY]
     told += [f"output_root={tmp_path / 'out'}", "run_name=eight", "launcher.jobs=2"]
     root = tmp_path / "out" / "sweeps" / "eight"
-    process = begun(*told)
+    process = begun("train.py", "-m", *told)
     killed = root / "4-experiment=killed"
     wait_for(lambda: list(killed.glob("checkpoints/step-*")), 240)
     os.kill(read_json(killed / ".lock")["pid"], signal.SIGKILL)
@@ -156,7 +114,9 @@ def test_a_signal_stops_all_jobs_and_the_same_command_goes_on(tmp_path: Path, nu
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n')
     scontrol.chmod(0o755)
-    process = begun(*told, SLURM_JOB_ID="77", PATH=f"{scontrol.parent}:{os.environ['PATH']}")
+    process = begun(
+        "train.py", "-m", *told, SLURM_JOB_ID="77", PATH=f"{scontrol.parent}:{os.environ['PATH']}"
+    )
     root = tmp_path / "sweeps" / "stopped"
     wait_for(lambda: sum(trained(folder) for folder in root.glob("*-*")) == 2)
     process.send_signal(number)
@@ -181,7 +141,7 @@ def test_a_signal_stops_all_jobs_and_the_same_command_goes_on(tmp_path: Path, nu
 @pytest.mark.slow
 def test_jobs_do_not_outlive_a_launcher_that_is_killed(tmp_path: Path) -> None:
     told = [*TINY, "logger=none", f"output_root={tmp_path}", "run_name=orphans", "seed=1,2"]
-    process = begun(*told, "trainer.max_steps=100000", "trainer.val_every_n_steps=100000")
+    process = begun("train.py", "-m", *told, "trainer.max_steps=100000", "trainer.val_every_n_steps=100000")
     folder = tmp_path / "sweeps" / "orphans" / "0-seed=1"
     wait_for(lambda: trained(folder))
     second = command("train.py", "-m", *told, "trainer.max_steps=100000", "trainer.val_every_n_steps=100000")
@@ -200,7 +160,7 @@ def test_a_search_that_is_killed_goes_on_to_exactly_its_trials(tmp_path: Path) -
     told = [*TINY, *SHORT, "logger=none", f"output_root={tmp_path}", "run_name=tuned"]
     told += ["hparams_search=optuna", "hparams_search.n_trials=4", "hparams_search.n_startup_trials=2"]
     told += ["optim.lr=tag(log,interval(1e-4,1e-2))", "adapter.rank=choice(2,4)"]
-    process = begun(*told)
+    process = begun("train.py", "-m", *told)
     root = tmp_path / "sweeps" / "tuned"
     finished = "finished"
     wait_for(lambda: read_results(root / "results.csv").get(1, {}).get("status") == finished)

@@ -7,7 +7,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from typing import Any
 import pytest
 
 from lmlab.journal import RunDir, read_json
-from tests.integration.conftest import ROOT, command
-from tests.integration.test_command_line import lines
-from tests.integration.test_processes import QUICK
+from tests.integration.conftest import QUICK, begun, command, lines
 
 TOLD = (*QUICK, "adapter=lora", "optim=sgd", "trainer.batch_size=2")
 RELATIVE = 1e-6
@@ -48,15 +45,9 @@ def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, s
     return [(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
 
 
-def start(*told: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        list(told), cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
-
-
-def prepared(root: Path, name: str, *told: str) -> RunDir:
+def prepared(root: Path, name: str, *told: str, **environment: str) -> RunDir:
     """train.py of a run of several nodes: its directory, and what to type."""
-    done = command("train.py", *TOLD, *told, f"run_name={name}", f"output_root={root}")
+    done = command("train.py", *TOLD, *told, f"run_name={name}", f"output_root={root}", **environment)
     assert done.returncode == 0, done.stderr
     run = RunDir(root / "sft" / name)
     assert (
@@ -115,11 +106,10 @@ def test_two_nodes_under_torchrun(
     nodes: list[list[str]], one_machine: RunDir, tmp_path: Path, strategy: str
 ) -> None:
     run = prepared(tmp_path, "two", "trainer.num_nodes=2", f"trainer.strategy={strategy}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29500", "--rdzv-id", "two"]
     processes = [
-        start(
-            *on,
+        begun(
             *torchrun,
             "--local-addr",
             f"10.77.0.{number}",
@@ -128,6 +118,7 @@ def test_two_nodes_under_torchrun(
             "-m",
             "lmlab.worker",
             str(run.path),
+            before=on,
             GLOO_SOCKET_IFNAME="node0",
             OMP_NUM_THREADS="1",
         )
@@ -149,10 +140,8 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-@pytest.mark.slow
-def test_two_tasks_of_srun(one_machine: RunDir, tmp_path: Path) -> None:
+def tasks_of_srun(run: RunDir, **environment: str) -> list[subprocess.Popen[str]]:
     """As two nodes of one task each; srun's own variables, and no torchrun."""
-    run = prepared(tmp_path, "srun", "trainer.num_nodes=2")
     step = {
         **SBATCH,
         "SLURM_NNODES": "2",
@@ -161,17 +150,21 @@ def test_two_tasks_of_srun(one_machine: RunDir, tmp_path: Path) -> None:
         "SLURM_STEP_NODELIST": "localhost,other",
         "MASTER_PORT": free_port(),
     }
-    processes = [
-        start(
-            sys.executable,
+    return [
+        begun(
             "-m",
             "lmlab.worker",
             str(run.path),
-            **{**step, "SLURM_PROCID": task, "SLURM_NODEID": task},
+            **{**step, "SLURM_PROCID": task, "SLURM_NODEID": task, **environment},
         )
         for task in ("0", "1")
     ]
-    for code, _, errors in finish(processes):
+
+
+@pytest.mark.slow
+def test_two_tasks_of_srun(one_machine: RunDir, tmp_path: Path) -> None:
+    run = prepared(tmp_path, "srun", "trainer.num_nodes=2")
+    for code, _, errors in finish(tasks_of_srun(run)):
         assert code == 0, errors
     assert losses(run) == pytest.approx(losses(one_machine), rel=RELATIVE)
     assert not run.lock.exists()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,20 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from lmlab.journal import RunDir, read_json
-from tests.integration.conftest import ROOT, command
-from tests.integration.test_command_line import lines
+from tests.integration.conftest import QUICK, ROOT, command, lines, rows_of, started
 
-QUICK = (
-    "data=skills",
-    "data.num_records=60",
-    "trainer.memory_plan=false",
-    "metrics=none",
-    "samples.prompts=0",
-    "trainer.max_steps=3",
-    "trainer.val_every_n_steps=3",
-    "trainer.accelerator=cpu",
-    "logger=none",
-)
 # fp32 sums in another order, 3 optimizer steps: 1e-7 measured.
 RELATIVE = 1e-5
 
@@ -65,7 +49,7 @@ def test_a_multirun_is_one_process_one_directory_and_one_wandb_run_per_job(tmp_p
     )
     assert done.returncode == 0, done.stderr
     (root,) = (tmp_path / "sweeps").iterdir()
-    rows = list(csv.DictReader((root / "results.csv").open(encoding="utf-8")))
+    rows = rows_of(root)
     assert [row["status"].split(":")[0] for row in rows] == [
         "finished",
         "refused",
@@ -99,7 +83,7 @@ def test_a_failing_job_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     done = command("train.py", "-m", *told, f"output_root={tmp_path}")
     assert done.returncode == 1
     (root,) = (tmp_path / "sweeps").iterdir()
-    rows = list(csv.DictReader((root / "results.csv").open(encoding="utf-8")))
+    rows = rows_of(root)
     assert [row["status"] for row in rows] == ["finished", "failed"]
     summary = read_json(RunDir(rows[1]["directory"]).summary)
     assert summary["status"] == "failed"
@@ -109,33 +93,7 @@ def test_a_failing_job_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_with_its_code(tmp_path: Path, number: int, code: int) -> None:
-    told = [
-        *QUICK[:4],
-        "trainer.accelerator=cpu",
-        "trainer.max_steps=100000",
-        "trainer.val_every_n_steps=100000",
-    ]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "train.py",
-            *told,
-            "run_name=stopped",
-            f"output_root={tmp_path}",
-            "logger.mode=offline",
-        ],
-        cwd=ROOT,
-        env=os.environ.copy(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    run = RunDir(tmp_path / "sft" / "stopped")
-    deadline = time.monotonic() + 120
-    while not (run.metrics.exists() and "train/loss" in run.metrics.read_text(encoding="utf-8")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.2)
+    process, run = started(tmp_path, "logger.mode=offline", logger="wandb")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
@@ -168,43 +126,6 @@ def test_help_and_cfg_answer_without_the_heavy_libraries() -> None:
     ]
     config = command("train.py", "adapter=qlora", "--cfg", "job")
     assert "kind: nf4" in config.stdout
-
-
-def test_sigterm_to_a_multirun_stops_its_jobs(tmp_path: Path) -> None:
-    told = [
-        *QUICK[:4],
-        "logger=none",
-        "trainer.accelerator=cpu",
-        "trainer.max_steps=100000",
-        "trainer.val_every_n_steps=100000",
-    ]
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "train.py",
-            "-m",
-            *told,
-            "run_name=swept",
-            f"output_root={tmp_path}",
-            "optim.lr=1e-3,2e-3",
-        ],
-        cwd=ROOT,
-        env=os.environ.copy(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    root = tmp_path / "sweeps" / "swept"
-    deadline = time.monotonic() + 120
-    while not any("train/loss" in file.read_text(encoding="utf-8") for file in root.glob("*/metrics.jsonl")):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=90)
-    assert process.returncode == 143
-    rows = list(csv.DictReader((root / "results.csv").open(encoding="utf-8")))
-    assert [row["status"] for row in rows] == ["interrupted", "not started"]
-    assert read_json(RunDir(rows[0]["directory"]).summary)["status"] == "interrupted"
 
 
 def test_a_dead_wandb_server_costs_seconds_and_no_number(tmp_path: Path) -> None:

@@ -12,8 +12,7 @@ import pytest
 from lmlab.journal import RunDir, read_json, write_json
 from lmlab.records import UserError
 from lmlab.reproduce import reproduce
-from tests.integration.conftest import command
-from tests.integration.test_processes import QUICK
+from tests.integration.conftest import QUICK, command
 
 Train = Callable[..., RunDir]
 SMALL = (

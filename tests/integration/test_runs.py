@@ -12,8 +12,8 @@ import torch
 
 from lmlab.journal import RunDir, read_json
 from lmlab.records import RefusedError, UserError
-from tests.integration.conftest import SMALL
-from tests.integration.test_command_line import lines, outside_logits
+from tests.integration.conftest import QUICK, SMALL, lines
+from tests.integration.test_command_line import outside_logits
 
 Train = Callable[..., RunDir]
 TEXT = "The quick brown fox jumps over the lazy dog, again and again; and {i} is a number. "
@@ -230,6 +230,15 @@ def test_early_stopping_ends_the_run_and_keeps_the_best(train: Train) -> None:
     assert read_json(run.summary)["steps"] == 4
     assert (run.best / "adapter").is_dir()
     assert (run.path / "adapter").is_dir()
+
+
+def test_one_replica_is_no_rank_of_several(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some clusters say so to every process: RANK=0 of WORLD_SIZE=1."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    run = train("one-replica", *QUICK[:-1])
+    assert read_json(run.summary)["status"] == "finished"
+    assert [row["step"] for row in lines(run.metrics) if "train/loss" in row] == [1, 2, 3]
 
 
 def test_gradient_checkpointing_changes_no_number(train: Train) -> None:

@@ -20,7 +20,7 @@ from lmlab.models.build import ASSETS
 from lmlab.start import create_run, plan_run
 from lmlab.training.checkpoint import newest_checkpoint
 from lmlab.worker import run_rank
-from tests.integration.test_command_line import lines
+from tests.integration.conftest import lines
 from tests.training.exact import distance, on_ranks
 
 pytestmark = pytest.mark.slow

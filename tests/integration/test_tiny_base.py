@@ -10,7 +10,7 @@ import torch
 
 from lmlab.journal import RunDir, read_json
 from lmlab.models.build import ASSETS
-from tests.integration.test_command_line import lines
+from tests.integration.conftest import lines
 
 BASE = ASSETS / "tiny-base"
 # The same program on the same data in fp32: only the order of sums differs between CPUs and thread counts.

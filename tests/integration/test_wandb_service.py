@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,15 @@ import pytest
 import yaml
 
 from lmlab.journal import RunDir, read_json
-from tests.integration.conftest import ROOT, command
-from tests.integration.test_command_line import lines
+from tests.integration.conftest import ROOT, TINY, begun, command, lines, trained, wait_for
 from tests.tracking.wandb_server import KEY, WandbServer, numbers
 
 QUICK = (
-    "data=skills",
-    "data.num_records=60",
-    "trainer.memory_plan=false",
-    "metrics=none",
+    *TINY,
     "samples.prompts=1",
     "samples.grid=[greedy]",
     "trainer.max_steps=3",
     "trainer.val_every_n_steps=3",
-    "trainer.accelerator=cpu",
 )
 REVISION = "0123456789abcdef0123456789abcdef01234567"[::-1]
 PLANTED = {
@@ -239,18 +233,9 @@ def test_a_slow_service_gets_everything(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_service_process_killed_midway_costs_one_line(tmp_path: Path) -> None:
     told = [*QUICK, "trainer.max_steps=400", "trainer.val_every_n_steps=400", "trainer.batch_size=1"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *told, "run_name=killed", f"output_root={tmp_path}", "logger.mode=offline"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
-    run = RunDir(tmp_path / "sft" / "killed")
-    deadline = time.monotonic() + 120
-    while not (run.metrics.exists() and "train/loss" in run.metrics.read_text(encoding="utf-8")):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    told += ["run_name=killed", f"output_root={tmp_path}", "logger.mode=offline"]
+    process, run = begun("train.py", *told), RunDir(tmp_path / "sft" / "killed")
+    wait_for(lambda: trained(run.path), of=process)
     (core,) = [p for p in psutil.Process(process.pid).children(recursive=True) if "wandb-core" in p.name()]
     core.kill()
     out, errors = process.communicate(timeout=180)

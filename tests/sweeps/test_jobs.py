@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 
 from lmlab.config.schema import LocalLauncher, SlurmLauncher
-from lmlab.journal import RunDir
+from lmlab.journal import RunDir, write_json
+from lmlab.sweeps.earlier import overrides_of, read_results
 from lmlab.sweeps.executors import LocalProcesses, Slurm
-from lmlab.sweeps.jobs import GridPoints, Job, label_of, overrides_of, read_results, row_of
+from lmlab.sweeps.jobs import GridPoints, Job, label_of, row_of
 from lmlab.tracking.results import write_results
 
 
@@ -86,24 +88,29 @@ def test_the_launcher_s_options_are_checked() -> None:
         LocalLauncher(kind="local", jobs=0)
 
 
-def test_what_a_queue_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """submitit's own submission with an sbatch that takes the script and runs nothing: no SLURM can be had here."""
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    """submitit's own side of a queue whose sbatch takes the script and runs nothing: no SLURM can be had here."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in (
         ("srun", "exit 1"),
         ("sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 77'),
+        ("sacct", "printf 'JobID|State|NodeList\\n78|RUNNING|gpu1\\n79|TIMEOUT|gpu1\\n'"),
     ):
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    queue = Slurm(
+    return Slurm(
         SlurmLauncher(
             kind="slurm", jobs=2, partition="gpu", account=None, time_minutes=90, cpus_per_task=4,
             memory_gb=32, parameters={"slurm_qos": "low"}, cluster="slurm",
         ),
         tmp_path / "submitit",
     )  # fmt: skip
+
+
+def test_what_a_queue_is_asked_for(queue: Slurm, tmp_path: Path) -> None:
     job = Job(0, [], "", tmp_path, run=RunDir(tmp_path))
     trainer = SimpleNamespace(accelerator="gpu", devices=2, num_nodes=1)
     queue.start(job, SimpleNamespace(trainer=trainer))  # type: ignore[arg-type]
@@ -118,3 +125,18 @@ def test_what_a_queue_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         assert f"#SBATCH --{line}" in script
     assert (tmp_path / ".submitted").read_text() == "77"
+
+
+@pytest.mark.parametrize(
+    ("number", "host", "kept"), [("78", "gpu1", True), ("79", "gpu1", False), ("79", None, True)]
+)
+def test_the_lock_of_a_job_that_the_queue_has_ended(
+    queue: Slurm, tmp_path: Path, number: str, host: str | None, kept: bool
+) -> None:
+    """Its node cannot be asked whether the process lives; one of this machine is looked at by its number."""
+    job, run = Job(0, [], "", tmp_path), RunDir(tmp_path)
+    (tmp_path / ".submitted").write_text(number)
+    write_json(run.lock, {"host": host or socket.gethostname(), "pid": os.getppid()})
+    handle = queue.adopt(job)
+    assert (handle is not None) == (number == "78")
+    assert run.lock.exists() == kept

@@ -166,13 +166,9 @@ def test_the_plan_of_the_data_themselves_decides(tmp_path: Path) -> None:
 
 def _planned(config: Any) -> float:
     """GB if every row were full."""
-    from lmlab.planning import cached_plan, model_config, planned_run, workload_of_config
+    from lmlab.planning import plan_of_config
 
-    hf_config = model_config(config)
-    workload = workload_of_config(config, hf_config)
-    return cached_plan(
-        planned_run(config, hf_config, workload, device_type="cpu", precision="fp32"), config
-    ).total_gb
+    return plan_of_config(config).made().total_gb
 
 
 def test_a_name_that_another_sweep_has(sweep: Search, tmp_path: Path) -> None:

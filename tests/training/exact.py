@@ -27,6 +27,7 @@ from lmlab.models.hardware import Hardware
 from lmlab.models.head import CrossEntropy
 from lmlab.models.memory import MemoryMeter
 from lmlab.records import Example, PackedBatch
+from lmlab.training.datamodule import LMDataModule
 from lmlab.training.fit import build_trainer
 from lmlab.training.modules import SFTModule, Validation
 from lmlab.training.options import Sgd, TrainerConfig
@@ -150,6 +151,25 @@ def trainer_for(
         plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))  # type: ignore[attr-defined]
         trainer.strategy._precision_plugin = plugin
     return trainer
+
+
+def bring_up(
+    model: Any,
+    prepared: PreparedData,
+    chosen: TrainerConfig,
+    root: Path,
+    *,
+    flat: bool = True,
+    max_steps: int = STEPS,
+    precision: str = "fp32",
+    supervised_bytes: int = 1,
+) -> tuple[SFTModule, Any, LMDataModule]:
+    """(module, trainer, data) of ``model`` on ``prepared``, as lmlab puts them together; on as many ranks as ``chosen`` says."""
+    module = sft_module(model, supervised_bytes=supervised_bytes)
+    if flat:
+        use_packed_attention(module.model)
+    trainer = trainer_for(chosen, root, max_steps=max_steps, precision=precision, world_size=chosen.devices)
+    return module, trainer, LMDataModule(prepared, chosen, seed=SEED, flat=flat)
 
 
 class Repeated(IterableDataset[PackedBatch]):

@@ -7,20 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from exact import (
-    SEED,
-    on_two_ranks,
-    options,
-    prepared_data,
-    sft_module,
-    tiny_model,
-    trainer_for,
-    write_records,
-)
+from exact import bring_up, on_two_ranks, options, prepared_data, tiny_model, write_records
 from lightning.pytorch import Callback
-
-from lmlab.models.attention import use_packed_attention
-from lmlab.training.datamodule import LMDataModule
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +34,11 @@ def counted(records: str, root: str) -> dict[tuple[str, int, int], Counter[str]]
     """Runs on each of two ranks: (strategy, accumulation, steps) -> collectives."""
     prepared, found = prepared_data(Path(records)), {}
     for strategy, accumulate, steps in CASES:
-        module = sft_module(tiny_model())
-        use_packed_attention(module.model)
         chosen = options(1, accumulate, devices=2, strategy=strategy)
-        trainer = trainer_for(chosen, Path(root), max_steps=steps, world_size=2)
+        module, trainer, data = bring_up(tiny_model(), prepared, chosen, Path(root), max_steps=steps)
         steps_only = Steps()
         trainer.callbacks.append(steps_only)
-        trainer.fit(module, LMDataModule(prepared, chosen, seed=SEED, flat=True))
+        trainer.fit(module, data)
         found[strategy, accumulate, steps] = steps_only.counts()
     return found
 

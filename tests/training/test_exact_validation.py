@@ -9,20 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from exact import (
-    SEED,
-    on_two_ranks,
-    options,
-    prepared_data,
-    sft_module,
-    tiny_model,
-    trainer_for,
-    write_records,
-)
+from exact import bring_up, on_two_ranks, options, prepared_data, tiny_model, write_records
 
 from lmlab.data.prepared import PreparedData
-from lmlab.models.attention import use_packed_attention
-from lmlab.training.datamodule import LMDataModule
 
 pytestmark = pytest.mark.parity
 RELATIVE = 1e-6  # fp32 within a batch, fp64 between them; 1e-7 measured
@@ -45,17 +34,15 @@ def data(folder: Path, count: int) -> PreparedData:
 
 def validated(prepared: PreparedData, batch_size: int, layout: str, root: Path, *, ranks: int = 1) -> Any:
     """(metrics, tokens this rank counted) of one validation through Lightning."""
-    module = sft_module(tiny_model(), supervised_bytes=prepared.meta["report"]["val"]["supervised_bytes"])
-    if layout == "flat":
-        use_packed_attention(module.model)
+    chosen = options(1, 1, val_batch_size=batch_size, devices=ranks)
+    told = {"flat": layout == "flat", "supervised_bytes": prepared.meta["report"]["val"]["supervised_bytes"]}
+    module, trainer, rows = bring_up(tiny_model(), prepared, chosen, root, **told)
     seen: dict[str, float] = {}
     module.on_metrics = seen.update
     counted: list[int] = []
     update = module._val_tokens.update
     module._val_tokens.update = lambda value: (counted.append(int(value)), update(value))  # type: ignore[method-assign]
-    chosen = options(1, 1, val_batch_size=batch_size, devices=ranks)
-    trainer = trainer_for(chosen, root, world_size=ranks)
-    trainer.validate(module, LMDataModule(prepared, chosen, seed=SEED, flat=layout == "flat"), verbose=False)
+    trainer.validate(module, rows, verbose=False)
     return seen, counted
 
 

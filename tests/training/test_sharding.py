@@ -10,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 from exact import (
-    SEED,
     STEPS,
     Gradients,
+    bring_up,
     distance,
     on_two_ranks,
     options,
     prepared_data,
-    sft_module,
     tiny_model,
-    trainer_for,
     write_records,
 )
 from torch import nn
@@ -30,13 +28,12 @@ from lmlab.generation.decode import generate
 from lmlab.generation.samplers import GreedySampler, TemperatureSampler
 from lmlab.journal import RunDir
 from lmlab.models.adapters import Lora
-from lmlab.models.attention import attention, use_packed_attention
+from lmlab.models.attention import attention
 from lmlab.models.build import enable_checkpointing
 from lmlab.models.fused import use_fused_layers
 from lmlab.models.sharding import same_logits, shard_model, whole_weights
 from lmlab.records import RunFailedError
 from lmlab.training.checkpoint import Checkpoints, FolderCheckpointIO, verify_checkpoint
-from lmlab.training.datamodule import LMDataModule
 from lmlab.training.options import AdamW, CheckpointConfig
 
 pytestmark = pytest.mark.slow
@@ -74,7 +71,6 @@ def built(case: str) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.05, generator=generator)
-    use_packed_attention(model)
     model.train()
     return model
 
@@ -90,17 +86,13 @@ def fitted(
     name: str | None = None,
 ) -> tuple[Any, Any]:
     """(module, trainer) after ``steps`` optimizer steps, whose checkpoint then lies in ``root``."""
-    prepared = prepared_data(records)
-    module = sft_module(built(case))
+    chosen = options(2, 4 // ranks, devices=ranks, strategy="fsdp" if ranks > 1 else "auto")
+    told: dict[str, Any] = {"max_steps": steps, "precision": "bf16" if case == "none-bf16" else "fp32"}
+    module, trainer, data = bring_up(built(case), prepared_data(records), chosen, root, **told)
     module.max_steps = 2 * STEPS
     if "adamw" in case:
         rest = {"warmup_steps": 0, "schedule": "constant", "min_lr_ratio": 0.1}
         module.optim = AdamW(name="adamw", lr=1e-2, weight_decay=0.1, betas=[0.9, 0.95], eps=1e-8, **rest)
-    told = {"devices": ranks, "strategy": "fsdp" if ranks > 1 else "auto"}
-    chosen = options(2, 4 // ranks, **told)
-    precision = "bf16" if case == "none-bf16" else "fp32"
-    trainer = trainer_for(chosen, root, max_steps=steps, precision=precision, world_size=ranks)
-    data = LMDataModule(prepared, chosen, seed=SEED, flat=True)
     trainer.callbacks.append(  # without it micro-batches would be counted as they were cut before
         Checkpoints(
             RunDir(root / "run"),
@@ -161,13 +153,12 @@ def sharded_cases(records: str, root: str) -> dict[str, Any]:
 def nonfinite(records: Path, root: Path) -> str:
     """What a gradient that is no number, on the second rank only, says on each."""
     model = built("none")
-    module = sft_module(model)
+    chosen = options(2, 1, devices=2, strategy="fsdp")
+    module, trainer, data = bring_up(model, prepared_data(records), chosen, root, max_steps=2)
     if int(os.environ["RANK"]) == 1:
         model.model.norm.register_full_backward_hook(lambda *told: (told[1][0] * float("nan"),))
-    chosen = options(2, 1, devices=2, strategy="fsdp")
-    trainer = trainer_for(chosen, root, max_steps=2, world_size=2)
     try:
-        trainer.fit(module, LMDataModule(prepared_data(records), chosen, seed=SEED, flat=True))
+        trainer.fit(module, data)
     except RunFailedError as error:
         return str(error)
     return "went on"

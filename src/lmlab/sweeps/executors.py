@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -192,9 +193,16 @@ class Slurm:
         note = job.folder / SUBMITTED
         if not note.is_file():
             return None
-        submitted = self._executor().job_class(self.folder, note.read_text(encoding="utf-8"))
+        kind = self._executor()._executor.job_class  # SLURM's; AutoExecutor's own can be asked nothing
+        submitted = kind(self.folder, note.read_text(encoding="utf-8"))
         job.run = RunDir(job.folder)
-        return None if submitted.done() else _Submitted(submitted, job)
+        if not submitted.done():
+            return _Submitted(submitted, job)
+        if read_json(job.run.lock).get("host") != socket.gethostname():
+            job.run.lock.unlink(
+                missing_ok=True
+            )  # no pid to look at: the queue knows that nobody is there any more
+        return None
 
     def _executor(self) -> Any:
         """A new one for each job: what one was told to ask for stays with it."""

@@ -6,16 +6,7 @@ import sys
 
 from lmlab.config.schema import RunConfig
 from lmlab.data.prepare import prepare
-from lmlab.planning import (
-    STEPS_LOOKED_AT,
-    cached_plan,
-    capacity_gb,
-    device_and_precision,
-    model_config,
-    planned_run,
-    workload_of_config,
-    workload_of_data,
-)
+from lmlab.planning import STEPS_LOOKED_AT, plan_of_config, workload_of_data
 from lmlab.records import RefusedError
 from lmlab.start import prepare_tokenizer
 
@@ -46,21 +37,14 @@ def refuse_too_large(config: RunConfig, limit_gb: float | None) -> None:
 
 
 def _too_large(config: RunConfig, limit_gb: float | None) -> str | None:
-    device_type, precision = device_and_precision(config)
-    there = capacity_gb(device_type) if limit_gb is None else limit_gb
-    if there is None:
-        return None
-    hf_config = model_config(config)
-    workload = workload_of_config(config, hf_config)
-    run = planned_run(config, hf_config, workload, device_type=device_type, precision=precision)
-    if cached_plan(run, config).total_gb <= there:
+    planned = plan_of_config(config)
+    there = planned.capacity_gb if limit_gb is None else limit_gb
+    if there is None or planned.made().total_gb <= there:
         return None
     _, encoder, _ = prepare_tokenizer(config)
     data = prepare(config.data, encoder, task=config.task)
     steps = config.trainer.max_steps or STEPS_LOOKED_AT
-    workload = workload_of_data(config, data, flat=workload.flat, max_steps=steps)
-    run = planned_run(config, hf_config, workload, device_type=device_type, precision=precision)
-    made = cached_plan(run, config)
+    made = planned.made(workload_of_data(config, data, flat=planned.workload.flat, max_steps=steps))
     if made.total_gb <= there:
         return None
     return f"{made.total_gb:.2f} GB planned in {made.worst}, {there:.2f} GB there"

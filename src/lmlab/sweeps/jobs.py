@@ -1,21 +1,16 @@
-"""The jobs of a multirun: what one is, where they come from, and the table about them.
-
-``results.csv`` is the sweep's memory: it is rewritten by rename whenever a job ends, and a second start of the same
-sweep reads in it what need not be done again.
-"""
+"""The jobs of a multirun: what one is, where they come from, and its lines in the table and on the page."""
 
 from __future__ import annotations
 
-import csv
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from lmlab.journal import RunDir
 from lmlab.tracking.groups import Entry
-from lmlab.tracking.results import RESULTS, result_row
+from lmlab.tracking.results import result_row
 
 CONSOLE = "console.log"
 """In a job's directory: what it would have printed."""
@@ -140,23 +135,6 @@ def row_of(job: Job) -> dict[str, Any]:
     )
 
 
-def overrides_of(row: Mapping[str, str]) -> list[str]:
-    """The overrides in a line of results.csv."""
-    try:
-        return shlex.split(row["overrides"])
-    except ValueError:  # written before they were quoted
-        return row["overrides"].split()
-
-
-def read_results(file: Path) -> dict[int, dict[str, str]]:
-    """Job number -> its line, of an earlier start; {} where there was none."""
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            return {int(row["job"]): row for row in csv.DictReader(stream)}
-    except (OSError, ValueError, KeyError):
-        return {}
-
-
 def entry_of(job: Job) -> Entry:
     """A job on the page that compares."""
     folder = job.folder if job.run is not None else None
@@ -176,14 +154,3 @@ def reason_of(job: Job) -> str:
         lines = []
     errors = [line for line in lines if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ")[:300] if errors else f"{word}, exit code {job.exit_code}"
-
-
-def is_sweep(folder: Path) -> bool:
-    """Whether a folder holds a sweep: its table, its study, or jobs that were begun."""
-    try:
-        with (folder / RESULTS).open(encoding="utf-8") as stream:
-            if stream.read(13) == "job,overrides":
-                return True
-    except (OSError, ValueError):
-        pass
-    return (folder / "study.db").exists() or any(folder.glob("[0-9]*-*/run.json"))

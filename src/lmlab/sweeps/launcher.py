@@ -26,7 +26,16 @@ from lmlab.config.schema import RunConfig
 from lmlab.journal import RunDir, check_run_name, read_json, slug
 from lmlab.records import STOPPED_CODES, RefusedError, UserError
 from lmlab.start import create_run, plan_run
-from lmlab.sweeps.board import Board, outcome
+from lmlab.sweeps.board import Board, newest_figures, outcome
+from lmlab.sweeps.earlier import (
+    StillRunningError,
+    has_finished,
+    is_sweep,
+    overrides_of,
+    read_results,
+    same_point,
+    wait_for_orphan,
+)
 from lmlab.sweeps.executors import Executor, Handle, LocalProcesses, Slurm
 from lmlab.sweeps.jobs import (
     CONSOLE,
@@ -36,11 +45,7 @@ from lmlab.sweeps.jobs import (
     Job,
     Points,
     entry_of,
-    is_sweep,
-    key_of,
     label_of,
-    overrides_of,
-    read_results,
     reason_of,
     row_of,
 )
@@ -124,7 +129,7 @@ class _Sweep:
         self._earlier = read_results(self.root / RESULTS)
         for number, row in self._earlier.items():
             asked = self.points.next(number) if isinstance(self.points, GridPoints) else None
-            if asked is not None and _meaning(asked) != _meaning(overrides_of(row)):
+            if asked is not None and not same_point(asked, overrides_of(row)):
                 raise UserError(
                     f"this directory holds another sweep (its job {number} was {row['overrides'] or 'the defaults'})",
                     where=str(self.root),
@@ -221,20 +226,17 @@ class _Sweep:
         return job
 
     def _start(self, job: Job) -> bool:
-        """Prepare and start one job; False if it cannot start, with the reason in its status."""
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-
+        """Prepare and start one job; False if it cannot start, or need not, with the reason in its status."""
         job.started = time.monotonic()
         try:
-            self._wait_for_an_orphan(job)
-            try:
-                config = to_run_config(self.compose(job.overrides))
-            except (HydraException, OmegaConfBaseException) as error:
-                raise hydra_error(error) from error
             handle = self.executor.adopt(job)
             if handle is None:
-                config = self._prepare(job, config)
+                wait_for_orphan(job, seconds=STOP_SECONDS, say=self.board.say)
+                if has_finished(job, self._earlier.get(job.number)):
+                    job.run, job.status = RunDir(job.folder), "finished"
+                    job.seconds = float(newest_figures(job).get("time", job.seconds))
+                    return False
+                config = self._prepare(job)
                 self._starting = True
                 handle = self.executor.start(job, config)
             job.run, job.status = RunDir(job.folder), "running"
@@ -243,8 +245,9 @@ class _Sweep:
             job.status, job.exit_code = f"refused: {error}", 2
         except UserError as error:
             job.status, job.exit_code = f"error: {error}", 2
-        except _StillRunningError:
+        except StillRunningError as error:
             job.status = "interrupted"
+            self.board.say(str(error))
         except Exception as error:  # a queue that takes no job, a full disk: the others go on
             said = (str(error).strip().splitlines() or [""])[0]
             job.status, job.exit_code = f"error: {type(error).__name__}: {said[:200]}", 1
@@ -254,8 +257,15 @@ class _Sweep:
             raise KeyboardInterrupt(self._caught)
         return job.status == "running"
 
-    def _prepare(self, job: Job, config: RunConfig) -> RunConfig:
+    def _prepare(self, job: Job) -> RunConfig:
         """Check and freeze a job into its directory, new or to go on with; the config in force there."""
+        from hydra.errors import HydraException
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            config: RunConfig = to_run_config(self.compose(job.overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise hydra_error(error) from error
         again = RunDir(job.folder).config.is_file()
         if job.folder.exists() and not again:
             shutil.rmtree(job.folder)  # begun by a start that was killed, and never complete
@@ -274,14 +284,6 @@ class _Sweep:
         plan.run.out_of_memory.unlink(missing_ok=True)
         plan.run.release()  # the job's own process is the writer; this parent only waits
         return plan.config
-
-    def _wait_for_an_orphan(self, job: Job) -> None:
-        """A job of a launcher that was killed has been told to stop, and may still be saving."""
-        until = time.monotonic() + STOP_SECONDS
-        while RunDir(job.folder).holder() is not None:
-            if time.monotonic() > until:
-                raise _StillRunningError
-            time.sleep(0.5)
 
     def _end(self, job: Job, code: int) -> None:
         assert job.run is not None
@@ -364,10 +366,6 @@ class _Sweep:
             self.board.say(f"report: {os.path.relpath(page)}")
 
 
-class _StillRunningError(Exception):
-    """A job of an earlier launcher goes on."""
-
-
 def _status(code: int, said: str, run: RunDir, *, told: bool) -> str:
     """What an exit code and the run's own word for its end come to; ``told``: this launcher stopped it."""
     if code == 0 and said == "finished":
@@ -382,8 +380,3 @@ def _why(job: Job) -> str:
     if job.run is None:
         return ""
     return f": {reason_of(job)} (see {os.path.relpath(job.folder / CONSOLE)})"
-
-
-def _meaning(overrides: list[str]) -> list[str]:
-    """Overrides without those that only say how to go on."""
-    return [o for o in overrides if key_of(o) not in ("resume", "overwrite", "launcher.jobs")]

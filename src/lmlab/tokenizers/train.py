@@ -90,12 +90,9 @@ def train_bpe(
             ``pre_tokenizer``, or text that is not valid Unicode.
     """
     _check(vocab_size, special_tokens, max_chars)
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers, trainers
 
-    backend = Tokenizer(models.BPE())
-    # The attributes are writable in the library, but its stubs leave out their setters.
-    setattr(backend, "pre_tokenizer", _pre_tokenizer(pre_tokenizer))  # noqa: B010
-    setattr(backend, "decoder", decoders.ByteLevel())  # noqa: B010
+    backend = _backend(pre_tokenizer)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
@@ -179,6 +176,17 @@ def _check(vocab_size: int, special_tokens: list[str], max_chars: int) -> None:
         raise UserError(
             f"max_chars {max_chars} leaves no text", where="tokenizer.max_chars", fix="at least 1"
         )
+
+
+def _backend(pre_tokenizer: str) -> Tokenizer:
+    """A byte-level BPE that has learned nothing yet."""
+    from tokenizers import Tokenizer, decoders, models
+
+    backend = Tokenizer(models.BPE())
+    # The attributes are writable in the library, but its stubs leave out their setters.
+    setattr(backend, "pre_tokenizer", _pre_tokenizer(pre_tokenizer))  # noqa: B010
+    setattr(backend, "decoder", decoders.ByteLevel())  # noqa: B010
+    return backend
 
 
 def _pre_tokenizer(name: str) -> PreTokenizer:

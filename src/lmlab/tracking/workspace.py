@@ -39,6 +39,20 @@ def build_workspace(project: str, *, entity: str, varied: Sequence[str] = VARIED
         UserError: W&B's library for it is not installed.
     """
     workspaces, panels = _library()
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name="lmlab",
+        sections=[
+            workspaces.Section(name=name, panels=made, is_open=True)
+            for name, made in {**_curves(panels), **_comparisons(panels, varied)}.items()
+        ],
+        settings=workspaces.WorkspaceSettings(x_axis=STEP),
+    )
+
+
+def _curves(panels: Any) -> dict[str, list[Any]]:
+    """Section -> its panels, of single runs."""
 
     def lines(*names: str, x: str = STEP, title: str | None = None) -> Any:
         return panels.LinePlot(title=title or names[0], x=x, y=list(names))
@@ -48,18 +62,8 @@ def build_workspace(project: str, *, entity: str, varied: Sequence[str] = VARIED
             title=title, metrics=[f"memory/{phase}/{kind}" for phase in PHASES], orientation="v"
         )
 
-    columns = [
-        *(panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in varied),
-        *(panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(name)) for name in COSTS),
-        panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(BEST)),
-    ]
-    scatter = panels.ScatterPlot(
-        title="best val/loss against peak memory",
-        x=panels.SummaryMetric("memory/peak_gb"),
-        y=panels.SummaryMetric(BEST),
-    )
     against = [lines("val/loss", x=x, title=f"val/loss against {x}") for x in ("train/tokens", "train/flops")]
-    sections = {
+    return {
         "Loss": [lines(name) for name in (*QUALITY, *OPTIMIZATION)] + against,
         "Memory by phase": [
             by_phase("peak_gb", "peak by phase, GB"),
@@ -70,6 +74,22 @@ def build_workspace(project: str, *, entity: str, varied: Sequence[str] = VARIED
             lines("perf/tokens_per_second"),
             panels.BarPlot(title="median tokens/s", metrics=["perf/tokens_per_second_median"]),
         ],
+    }
+
+
+def _comparisons(panels: Any, varied: Sequence[str]) -> dict[str, list[Any]]:
+    """Section -> its panels, of runs side by side."""
+    columns = [
+        *(panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in varied),
+        *(panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(name)) for name in COSTS),
+        panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(BEST)),
+    ]
+    scatter = panels.ScatterPlot(
+        title="best val/loss against peak memory",
+        x=panels.SummaryMetric("memory/peak_gb"),
+        y=panels.SummaryMetric(BEST),
+    )
+    return {
         "Samples": [
             panels.WeavePanelSummaryTable(table_name="samples"),
             panels.WeavePanelSummaryTable(table_name="data/examples"),
@@ -84,15 +104,6 @@ def build_workspace(project: str, *, entity: str, varied: Sequence[str] = VARIED
             panels.RunComparer(diff_only="split"),
         ],
     }
-    return workspaces.Workspace(
-        entity=entity,
-        project=project,
-        name="lmlab",
-        sections=[
-            workspaces.Section(name=name, panels=made, is_open=True) for name, made in sections.items()
-        ],
-        settings=workspaces.WorkspaceSettings(x_axis=STEP),
-    )
 
 
 def workspace_spec(workspace: Any) -> dict[str, Any]:

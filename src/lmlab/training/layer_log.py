@@ -19,11 +19,11 @@ LogLayers = Callable[[int, Sequence[Mapping[str, Any]]], None]
 
 
 class LayerLog(Callback):
-    """Reads `TrackedLayers` at the end of each step after which a validation is due.
+    """Reads `TrackedLayers` at the end of each step after which a validation comes, that of an early stop too.
 
     Gradients are those of that step, over all ranks and before clipping: where nothing else is trained, the root of
-    their squares' sum is ``train/grad_norm``. Nothing is read at step 0, where no layer has moved. Goes before `RunLog`,
-    which begins the step's totals anew.
+    their squares' sum is ``train/grad_norm``. Nothing is read at step 0, where no layer has moved. Goes after whatever may
+    ask for a stop in this step.
 
     Args:
         options: whether at all, and when validations are due.
@@ -64,20 +64,15 @@ class LayerLog(Callback):
         if self._layers is None or step == self._step:
             return
         self._step = step
-        if step % self.options.val_every_n_steps != 0 and step < self.max_steps:
+        stops = trainer.should_stop and trainer.limit_val_batches != 0  # a signal's stop validates nothing
+        if step % self.options.val_every_n_steps != 0 and step < self.max_steps and not stops:
             return
         pl_module.meter.start(None)  # what is read here is no part of the optimizer's memory
         with self._pause():
-            figures = self._layers.read(grad_scale=_clipped_by(trainer, pl_module))
+            figures = self._layers.read(grad_scale=pl_module.clipped_by)
             if trainer.is_global_zero and figures:
                 self.log_layers(step, [asdict(row) for row in figures])
                 self.log_metrics(step, averages(figures))
-
-
-def _clipped_by(trainer: Trainer, module: CausalLMModule) -> float:
-    """What this step's gradient was divided by to be no longer than ``gradient_clip_val``; see the module's clipping."""
-    limit = trainer.gradient_clip_val
-    return 1.0 if limit is None else max(1.0, (module.totals.grad_norm + 1e-6) / limit)
 
 
 def _is_sharded(trainer: Trainer) -> bool:

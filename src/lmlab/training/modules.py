@@ -117,6 +117,7 @@ class CausalLMModule(LightningModule):
         self.branches = branches
         self._finite_loss = math.nan  # nats per token, of the last step that had one
         self.totals = StepTotals()
+        self.clipped_by = 1.0  # what the last step's gradient was divided by, for its length alone
         self.measure_memory = False
         self.skipped_steps = self.nonfinite_steps = self._overflows = 0
         # Of this step so far: the loss sum, which the device knows, and what is known here without asking it.
@@ -182,9 +183,9 @@ class CausalLMModule(LightningModule):
         if math.isfinite(norm) and math.isfinite(loss_sum):
             self._overflows = 0
             self._finite_loss = loss_sum / max(1.0, supervised)
-            if gradient_clip_val is not None:
-                factor *= min(1.0, gradient_clip_val / (norm + 1e-6))  # as torch's clip_grad_norm_
-            _scale(gradients, factor)
+            limit = math.inf if gradient_clip_val is None else gradient_clip_val
+            self.clipped_by = max(1.0, (norm + 1e-6) / limit)  # as torch's clip_grad_norm_
+            _scale(gradients, factor / self.clipped_by)
         else:
             self._nonfinite(norm, loss_sum / max(1, supervised), float(optimizer.param_groups[0]["lr"]))
         self.totals.loss += loss_sum
