@@ -48,7 +48,7 @@ def killed_while_it_trains(
 ) -> tuple[RunDir, psutil.Process]:
     """The job of a launcher that is killed; the job's own process is stopped, as if it were in a long step."""
     launcher = begun(*told, **environment)
-    run = RunDir(root / "sweeps" / "again" / "0-seed=1")
+    run = RunDir(root / "sweeps" / "again" / "0-run")
     wait_for(lambda: trained(run.path), of=launcher)
     worker = worker_of(run)
     left_behind.append(worker)
