@@ -111,7 +111,7 @@ def test_one_line_and_exit_two_for_a_user_error() -> None:
     assert done.returncode == 2
     assert (
         done.stderr.strip()
-        == "error: no option 'nf5' (quant): did you mean 'nf4'? one of bf16, fp16, fp4, int8, nf4, none"
+        == "error: no option 'nf5' (quant): did you mean 'nf4'? one of bf16, fp16, fp4, int4, int8, nf4, none"
     )
 
 

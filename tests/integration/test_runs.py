@@ -114,7 +114,7 @@ def test_ones_own_model_is_a_base(train: Train, pretrained: RunDir, corpus: Path
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
 
 
-PAIRS = [(a, q) for a in ("none", "lora", "qlora") for q in ("none", "fp16", "bf16", "int8", "nf4", "fp4")]
+PAIRS = [(a, q) for a in ("none", "lora", "qlora") for q in ("none", "fp16", "bf16", "int8", "int4", "nf4", "fp4")]
 TRAINS = {("none", "none"), *(("lora", q) for _, q in PAIRS), ("qlora", "nf4"), ("qlora", "fp4")}
 
 
@@ -144,6 +144,7 @@ def test_every_pair_trains_or_is_refused(train: Train, adapter: str, quant: str)
         "fp16": (16, 16),
         "bf16": (16, 16),
         "int8": (8, 8.2),
+        "int4": (4.5, 4.5),
         "nf4": (4.127, 4.7),
         "fp4": (4.127, 4.7),
     }[quant]

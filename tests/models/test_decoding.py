@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from lmlab.models import decoding
 from lmlab.models.decoding import ready_to_decode
-from lmlab.models.quantize import EightBit, FourBit, SixteenBit
+from lmlab.models.quantize import EightBit, FourBit, FourBitInteger, SixteenBit
 
 ROUNDING = 2e-5
 """Of logits, relative: W x + s B (A x) is summed in another order than (W + s B A) x, in fp32 (seen: up to 2e-6)."""
@@ -24,6 +25,8 @@ STORAGE: dict[str, Callable[[Any], None]] = {
     "nf4": lambda model: FourBit(kind="nf4", double_quant=True).apply(model, compute_dtype=torch.float32),
     "fp4": lambda model: FourBit(kind="fp4", double_quant=False).apply(model, compute_dtype=torch.float32),
 }
+if importlib.util.find_spec("torchao"):
+    STORAGE["int4"] = lambda model: FourBitInteger(kind="int4").apply(model, compute_dtype=torch.float32)
 
 
 def base(kind: str = "llama") -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -20,19 +21,29 @@ from lmlab.models.footprint import Footprint
 from lmlab.models.head import CrossEntropy
 from lmlab.models.memory import MemoryMeter
 from lmlab.models.plan import MemoryPlan, PlannedRun, Workload, plan
-from lmlab.models.quantize import EightBit, FourBit, QuantConfig, SixteenBit, Unquantized, stored_bytes
+from lmlab.models.quantize import (
+    EightBit,
+    FourBit,
+    FourBitInteger,
+    QuantConfig,
+    SixteenBit,
+    Unquantized,
+    stored_bytes,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, MLP, VOCAB, RANK = 64, 160, 300, 4
 LOSS = CrossEntropy(kind="cross_entropy", label_smoothing=0.0, z_loss=0.0)
 LORA = Lora(kind="lora", rank=RANK, alpha=8.0, dropout=0.0, target_modules="all-linear")
-QUANTS = {
+QUANTS: dict[str, QuantConfig] = {
     "none": Unquantized(kind="none"),
     "bf16": SixteenBit(kind="bf16"),
     "int8": EightBit(kind="int8"),
     "nf4": FourBit(kind="nf4", double_quant=True),
     "nf4 single": FourBit(kind="nf4", double_quant=False),
 }
+if importlib.util.find_spec("torchao"):
+    QUANTS["int4"] = FourBitInteger(kind="int4")
 
 
 def llama(layers: int) -> Any:

@@ -7,6 +7,7 @@ mode, with bf16 scales. lmlab turns that off on its layers, and so do these test
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ ALL = [
     {"kind": "nf4", "double_quant": False},
     {"kind": "fp4", "double_quant": True},
 ]
-FEW_BITS = ALL[3:]
+FEW_BITS = ALL[3:]  # bitsandbytes'
+if importlib.util.find_spec("torchao"):  # the extra lmlab[int4]
+    ALL = [*ALL, {"kind": "int4"}]
 
 
 def label(values: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ def broken_rules(config: RunConfig) -> Iterator[UserError]:
     if (
         trainer.compile
         and config.model.gradient_checkpointing
-        and config.quant.kind in ("int8", "nf4", "fp4")
+        and config.quant.kind in ("int8", "int4", "nf4", "fp4")
     ):
         yield UserError(
             f"trainer.compile=true with model.gradient_checkpointing=true over quant={config.quant.kind}: "
@@ -158,8 +158,12 @@ def broken_rules(config: RunConfig) -> Iterator[UserError]:
             )
 
 
-def _adapter_and_quant(config: RunConfig) -> Iterator[RefusedError]:
+def _adapter_and_quant(config: RunConfig) -> Iterator[UserError]:
     adapter, quant = config.adapter.kind, config.quant.kind
+    try:
+        config.quant.check_installed()
+    except UserError as error:
+        yield error
     if adapter == "qlora" and quant not in ("nf4", "fp4"):
         yield RefusedError(
             f"adapter=qlora over quant={quant}",
@@ -187,7 +191,7 @@ def _adapter_and_quant(config: RunConfig) -> Iterator[RefusedError]:
 def _sharded(config: RunConfig) -> Iterator[UserError]:
     """What does not go together with weights that lie in shares."""
     quant, trainer = config.quant.kind, config.trainer
-    if quant in ("nf4", "fp4", "int8"):
+    if quant in ("nf4", "fp4", "int4", "int8"):
         yield RefusedError(
             f"trainer.strategy=fsdp over quant={quant}: packed weights are not cut into shares",
             where="trainer.strategy",

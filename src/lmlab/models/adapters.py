@@ -7,6 +7,7 @@ base with an 8-bit paged optimizer (arXiv 2305.14314). Files are PEFT's own and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,11 +114,16 @@ class Lora(AdapterConfig):
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """(all, trainable) parameters; a 4-bit weight counts its values, not its bytes."""
+    """(all, trainable) parameters; a packed weight counts its values, not its bytes."""
+    from lmlab.models.quantize import Int4Linear, weight_shape
+
+    packed = {id(m.weight): math.prod(weight_shape(m)) for m in model.modules() if isinstance(m, Int4Linear)}
     total = trainable = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        count = state.shape.numel() if state is not None else parameter.numel()
+        count: int = (
+            state.shape.numel() if state is not None else packed.get(id(parameter), parameter.numel())
+        )
         total += count
         trainable += count if parameter.requires_grad else 0
     return total, trainable

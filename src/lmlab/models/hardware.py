@@ -164,10 +164,12 @@ def move_rest_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def quiet_libraries() -> None:
     """Silence what the libraries say about choices that are made here.
 
-    bitsandbytes, at import on CPUs with AVX512-BF16: an optional kernel is absent (it is not used). PEFT, at every
-    adapter: transformers renamed a property it reads.
+    bitsandbytes, at import on CPUs with AVX512-BF16: an optional kernel is absent (it is not used). torchao, which PEFT
+    imports for every adapter where it is installed: its kernels for GPUs cannot be loaded, and torch deprecates a call
+    it makes. PEFT, at every adapter: transformers renamed a property it reads.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
 
 

@@ -4,7 +4,8 @@ int8, nf4 and fp4 use bitsandbytes' modules, with two of its CPU paths avoided b
 int8 always takes the weight-only product (bitsandbytes' eval path also quantizes activations, and then training and
 evaluation differ), and 4-bit layers never repack themselves in eval mode (on CPUs with AVX512-BF16 bitsandbytes
 rewrites the weights in place with bf16 scales at the first forward without gradients). fp16 and bf16 store weights
-in 16 bits and multiply in the input's type. The output head keeps its precision, as in transformers.
+in 16 bits and multiply in the input's type; int4 is `int4`'s packed integers under the same kind of product. The output
+head keeps its precision, as in transformers.
 
 QLoRA: Dettmers et al. 2023, arXiv 2305.14314; LLM.int8(): arXiv 2208.07339.
 """
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from lmlab.models.frozen import frozen_product, read_stored
+from lmlab.models.int4 import quantize_int4, require_torchao
 from lmlab.registry import Config, quants
 
 if TYPE_CHECKING:
@@ -34,6 +36,13 @@ class QuantConfig(Config):
     def load_dtype(self) -> torch.dtype:
         """Floating type the weights are loaded in, before `apply`."""
         return torch.float32
+
+    def check_installed(self) -> None:
+        """Nothing, unless a library that this storage needs is missing.
+
+        Raises:
+            UserError: it is missing.
+        """
 
     def apply(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
         """Replace the linear layers in place; ``compute_dtype`` is what products are made in."""
@@ -119,6 +128,21 @@ class FourBit(QuantConfig):
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
+@quants.register
+class FourBitInteger(QuantConfig):
+    """4-bit integers in blocks of 64 with a 32-bit scale each (4.5 bits per parameter), see `int4`."""
+
+    kind: Literal["int4"]
+
+    def check_installed(self) -> None:
+        require_torchao()
+
+    def apply(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
+        self.check_installed()
+        for parent, name, module in replaceable(model):
+            setattr(parent, name, Int4Linear(*linear_weight(module)))
+
+
 def load_dtype(quant: QuantConfig, compute_dtype: torch.dtype, *, mixed: bool) -> torch.dtype:
     """What a base is loaded in: 16 bits at once where all of it ends in them (not `mixed`), half the memory of loading."""
     return quant.load_dtype if mixed or quant.kind == "fp16" else compute_dtype
@@ -144,7 +168,7 @@ def int8_class() -> Any:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if self.weight.CB is not None:
                 self.init_8bit_state()
-            return _frozen_product(x, self.bias, self.weight, self.state.SCB)
+            return frozen_product(self, x, self.state.SCB)
 
     return WeightOnlyLinear8bit
 
@@ -183,33 +207,6 @@ def _finish(new: nn.Module, bias: torch.Tensor | None, device: torch.device) -> 
     return new.to(device)  # bitsandbytes quantizes on the move
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """``x @ w.T + bias`` with a frozen ``w``: its stored form is kept for the backward pass, not its upcast copy."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        stored: torch.Tensor,
-        scales: torch.Tensor | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(stored, scales)
-        return F.linear(x, _read(stored, scales, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        stored, scales = ctx.saved_tensors
-        return grads[0] @ _read(stored, scales, grads[0].dtype), None, None, None
-
-
-def _read(stored: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The weight in ``dtype``; ``scales`` are int8's absolute row maxima."""
-    if scales is None:
-        return stored.to(dtype)
-    return stored.to(dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
-
-
 def is_dense(module: Any) -> bool:
     """Whether `dense_weight` gives this layer's own product; by exact class, as a subclass may compute something else.
 
@@ -220,7 +217,7 @@ def is_dense(module: Any) -> bool:
         return False
     if type(module).__name__ == "Linear4bit":
         return getattr(module.weight, "quant_state", None) is not None
-    return type(module) in (nn.Linear, StoredLinear) or type(module).__name__ in (
+    return type(module) in (nn.Linear, StoredLinear, Int4Linear) or type(module).__name__ in (
         "Conv1D",
         "WeightOnlyLinear8bit",
     )
@@ -243,26 +240,45 @@ def dense_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None:
         return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+    if isinstance(module, Int4Linear):
+        return read_stored(weight.data, module.scales, weight_shape(module), dtype)
     if weight.dtype == torch.int8:
         scales = module.state.SCB if module.state.SCB is not None else weight.SCB
-        return _read(weight.data, scales, dtype)
+        return read_stored(weight.data, scales, weight_shape(module), dtype)
     return (weight.t() if _is_conv1d(module) else weight).detach().to(dtype)
-
-
-def _frozen_product(
-    x: torch.Tensor, bias: torch.Tensor | None, stored: torch.Tensor, scales: torch.Tensor | None = None
-) -> Any:
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    bias = None if bias is None else bias.to(x.dtype)
-    return _FrozenProduct.apply(x, bias, stored, scales)
 
 
 class StoredLinear(nn.Linear):
     """A linear layer whose weight is stored in 16 bits and multiplied in the input's type (autocast's, if on)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _frozen_product(input, self.bias, self.weight)
+        return frozen_product(self, input)
+
+
+class Int4Linear(nn.Linear):
+    """A linear layer stored as `int4` says, multiplied in the input's type (autocast's, if on).
+
+    A subclass of `nn.Linear`, so that PEFT takes it for one; its weight is the packed codes, of no linear layer's shape,
+    so that whoever adds to it (PEFT's own merge) fails instead of spoiling it.
+
+    Args:
+        weight: ``[out, in]``, of any floating type.
+        bias: kept as it is, frozen.
+    """
+
+    scales: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        packed, scales = quantize_int4(weight)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        # A buffer, as `move_rest_to` casts parameters: scales stay in 32 bits.
+        self.register_buffer("scales", scales)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return frozen_product(self, input, self.scales)
 
 
 class StoredEmbedding(nn.Embedding):
@@ -321,6 +337,8 @@ def linear_storage(model: Any) -> list[LinearStorage]:
 def _weight_tensors(module: Any) -> list[torch.Tensor]:
     """The weight and every tensor needed to read it."""
     tensors = [module.weight.data]
+    if isinstance(module, Int4Linear):
+        return [*tensors, module.scales]
     state = getattr(module.weight, "quant_state", None)
     if (
         state is not None

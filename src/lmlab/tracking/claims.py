@@ -18,7 +18,7 @@ from lmlab.tracking.values import aligned
 
 Verdict = Literal["holds", "does not hold", "cannot be told"]
 
-NOMINAL_BITS = {"fp16": 16, "bf16": 16, "int8": 8, "nf4": 4, "fp4": 4}
+NOMINAL_BITS = {"fp16": 16, "bf16": 16, "int8": 8, "int4": 4, "nf4": 4, "fp4": 4}
 """Bits of one weight without scales and other state, of every storage that is not plain fp32."""
 BITS_TOLERANCE = 0.1
 """Share of the nominal bits that scales and other state may add."""
