@@ -115,15 +115,16 @@ class Lora(AdapterConfig):
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """(all, trainable) parameters; a packed weight counts its values, not its bytes."""
-    from lmlab.models.quantize import Int4Linear, weight_shape
+    import torch
+    from torch import nn
 
-    packed = {id(m.weight): math.prod(weight_shape(m)) for m in model.modules() if isinstance(m, Int4Linear)}
+    from lmlab.models.quantize import weight_shape
+
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    packed = {id(m.weight): math.prod(weight_shape(m)) for m in linear if m.weight.dtype == torch.uint8}
     total = trainable = 0
     for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count: int = (
-            state.shape.numel() if state is not None else packed.get(id(parameter), parameter.numel())
-        )
+        count = packed.get(id(parameter), parameter.numel())
         total += count
         trainable += count if parameter.requires_grad else 0
     return total, trainable
