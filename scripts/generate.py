@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lmlab.config.compose import CONF, load_env, report_error
+from lmlab.config.compose import load_env, report_error
 from lmlab.records import UserError
 
 
@@ -118,18 +118,9 @@ def _sampler_values(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _named_sampler(name: str) -> dict[str, Any]:
-    import yaml
+    from lmlab.config.named import named_sampler
 
-    file = CONF / "sampler" / f"{name}.yaml"
-    if not file.is_file():
-        from lmlab.registry import suggest
-
-        raise UserError(
-            f"unknown sampler '{name}'",
-            where="--sampler",
-            fix=suggest(name, [p.stem for p in (CONF / "sampler").glob("*.yaml")]),
-        )
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return named_sampler(name).model_dump()
 
 
 if __name__ == "__main__":

@@ -218,7 +218,8 @@ class SampleGrid(Callback):
         with self._pause(), self.meter.phase("generate"):
             for name, sampler in self.grid.items():
                 seeds = [self.seed + index for index in range(len(self.prompts))]
-                texts = self.generator([full for _, full in self.prompts], sampler=sampler, seeds=seeds)
+                full = [full for _, full in self.prompts]
+                texts = self.generator(full, sampler=sampler, seeds=seeds, entropy=True)
                 for index, text in enumerate(texts):
                     samples.append(self._sample_of(step, index, name, seeds[index], text))
         if trainer.is_global_zero:
@@ -229,7 +230,7 @@ class SampleGrid(Callback):
         shown = self.prompts[index][0]
         earlier = self._earlier.get((index, shown, sampler))
         self._earlier[index, shown, sampler] = text.text
-        figures = text_figures(text.text, earlier=earlier, mean_entropy=getattr(text, "mean_entropy", None))
+        figures = text_figures(text.text, earlier=earlier, mean_entropy=text.mean_entropy)
         return Sample(
             step, index, shown, sampler, seed, text.text, text.new_tokens, text.stop_reason, extra=figures
         )
