@@ -1,11 +1,26 @@
-"""Certificates on your own config: `python scripts/check.py resume RUN_DIR`, or with train.py's overrides instead of a run.
+"""Invariance self-test of your own config: what must be the same number, however it is come by.
 
-`resume` trains a few steps twice in fresh processes, once whole and once from a checkpoint in between, and compares bit
-for bit: metrics, samples, weights, optimizer, schedule, random states. Exit code 0: equal; 1: not, with what differs.
-Of a run directory the certificate is kept beside the run, as resume_certificate.json.
+    python scripts/check.py [CHECK ...] [RUN_DIR | key=value ...]
 
-    python scripts/check.py resume outputs/sft/my-run
-    python scripts/check.py resume adapter=qlora quant=nf4 --steps 8 --at 3
+Without a name all checks run that apply to the config: train.py's overrides, or those of a run. About a minute for the
+default config on 2 cores.
+
+    accumulation  k micro-batches give the gradient of one batch
+    packing       documents in one row give loss and gradient of each alone; none sees another
+    lora_init     a fresh adapter leaves the base's logits as they are
+    cache         greedy decoding with the key-value cache = full forward passes; prompts together = alone
+    save_load     weights saved and loaded again: the same tensors and logits
+    sampling      a run with samples at every step trains as one without any
+    resume        a run that begins at a checkpoint is the run that was not interrupted
+    ddp           two ranks (gloo, on the CPU) train as one process
+
+equal: bit for bit. within: apart by rounding, less than what is allowed. skipped: it says nothing about this config, and
+why. differs, failed: red; docs/checks.md says where to look. Exit code 0: nothing is red; 1: something is; 2: your error.
+Of a run the outcome is kept beside it in checks.json (and of resume in resume_certificate.json).
+
+    python scripts/check.py
+    python scripts/check.py cache save_load adapter=qlora quant=nf4
+    python scripts/check.py resume outputs/sft/my-run --steps 8 --at 3
 """
 
 from __future__ import annotations
@@ -17,63 +32,98 @@ from pathlib import Path
 from typing import Any
 
 from lmlab.config.compose import load_env, load_frozen, report_error, run_app, to_run_config
-from lmlab.journal import RunDir
-from lmlab.records import RunFailedError, UserError
+from lmlab.journal import RunDir, write_json
+from lmlab.records import UserError
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="check.py [CHECK ...] [RUN_DIR | key=value ...] [--steps N] [--at N]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["resume"])
     parser.add_argument(
-        "told", nargs="*", metavar="RUN_DIR | key=value", help="a run, or overrides as of train.py"
+        "told",
+        nargs="*",
+        metavar="CHECK | RUN_DIR | key=value",
+        help="names first; a run, or overrides as of train.py",
     )
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of the whole run")
     parser.add_argument(
-        "--at", type=int, default=3, help="the step whose checkpoint the second run begins at"
+        "--steps", type=int, default=4, help="optimizer steps of the runs that are trained (4)"
+    )
+    parser.add_argument(
+        "--at", type=int, default=2, help="the step whose checkpoint the resumed run begins at (2)"
     )
     options = parser.parse_intermixed_args()
-    if len(options.told) == 1 and "=" not in options.told[0]:
-        load_env()
-        try:
-            run = RunDir(options.told[0])
-            return certify(load_frozen(run.config), options, run)
-        except UserError as error:
-            return report_error(error)
+    names, runs, overrides = _sorted(options.told)
+    try:
+        if not 0 < options.at < options.steps:
+            raise UserError(
+                f"--at {options.at} of --steps {options.steps}",
+                where="command line",
+                fix="begin after step 0 and before the last",
+            )
+        if len(runs) > 1 or (runs and overrides):
+            raise UserError(
+                f"{' '.join([*runs, *overrides])}",
+                where="command line",
+                fix="give one run, whose config is taken as it is, or overrides",
+            )
+        if runs:
+            load_env()
+            run = RunDir(runs[0])
+            return run_checks(load_frozen(run.config), names, options, run)
+    except UserError as error:
+        return report_error(error)
+    sys.argv = [sys.argv[0], *overrides]
+    return run_app(lambda composed, told: run_checks(to_run_config(composed), names, options, None))
 
-    def composed(config: Any, overrides: list[str]) -> int:
-        return certify(to_run_config(config), options, None)
 
-    sys.argv = [sys.argv[0], *options.told]
-    return run_app(composed)
+def _sorted(told: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """(names of checks, run directories, overrides): a plugin's checks are known once the config is."""
+    overrides = [word for word in told if "=" in word or word.startswith(("~", "+"))]
+    others = [word for word in told if word not in overrides]
+    runs = [word for word in others if Path(word).is_dir() or "/" in word]
+    return [word for word in others if word not in runs], runs, overrides
 
 
-def certify(config: Any, options: argparse.Namespace, run: RunDir | None) -> int:
-    from lmlab.checks import certify_resume, write_certificate
+def run_checks(config: Any, names: list[str], options: argparse.Namespace, run: RunDir | None) -> int:
+    """Run them one after the other, a row of the table for each; the exit code."""
+    from lmlab.checks import HEADER, Bench, chosen, held_for, run_check, write_resume_certificate
 
-    if not 0 < options.at < options.steps:
-        raise UserError(
-            f"--at {options.at} of --steps {options.steps}",
-            where="command line",
-            fix="begin after step 0 and before the last",
-        )
+    checks = chosen(names)
+    trainer = config.trainer
+    print(
+        f"model {config.model.label}, data {config.data.kind}, adapter {config.adapter.kind}, quant {config.quant.kind}, "
+        f"batch {trainer.batch_size} x {trainer.accumulate_grad_batches}"
+    )
+    print(HEADER, flush=True)
+    outcomes = []
     with tempfile.TemporaryDirectory(prefix="lmlab-check-") as folder:
-        try:
-            made = certify_resume(config, Path(folder), steps=options.steps, at=options.at)
-        except RunFailedError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    kept = f", kept in {write_certificate(run, made)}" if run is not None else ""
-    if made["equal"]:
-        print(
-            f"resumed = uninterrupted: {made['steps']} steps, begun again at {made['at']}, equal bit for bit{kept}"
+        bench = Bench(
+            config, Path(folder), steps=options.steps, at=options.at, say=lambda text: print(f"    {text}")
         )
-        return 0
-    print(f"resumed differs from uninterrupted ({len(made['differences'])} differences{kept}):")
-    for line in made["differences"][:10]:
-        print(f"  {line}")
-    return 1
+        for check in checks:
+            if check.trains:
+                bench.release()
+            outcomes.append(run_check(check, bench))
+            print("\n".join(outcomes[-1].lines()), flush=True)
+            if run is not None and check.name == "resume" and not outcomes[-1].failed:
+                write_resume_certificate(run, bench)
+    red = [outcome.check.name for outcome in outcomes if outcome.is_red]
+    if run is not None:
+        file = run.path / "checks.json"
+        rows = [outcome.as_json() for outcome in outcomes]
+        write_json(
+            file, {"green": not red, "steps": options.steps, "at": options.at, **held_for(), "checks": rows}
+        )
+        print(f"kept in {file}")
+    skipped = sum(outcome.status == "skipped" for outcome in outcomes)
+    if red:
+        print(f"red: {', '.join(red)} (docs/checks.md says where to look)")
+        return 1
+    print(f"green: {len(outcomes) - skipped} checks" + (f", {skipped} skipped" if skipped else ""))
+    return 0
 
 
 if __name__ == "__main__":

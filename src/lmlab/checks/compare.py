@@ -1,93 +1,23 @@
-"""Certificates: what a run claims, tried out on its own config in fresh processes.
-
-Resuming: a run that was interrupted and went on is the run that was not. Two runs are made, one whole and one that begins
-at a checkpoint of the first, and everything a later step depends on or leaves behind is compared bit for bit: losses and
-gradient norms as logged, trained weights, optimizer and schedule, random states, samples. On a GPU kernels that add in
-no fixed order may differ in the last bits; what differs is then named with its size.
-"""
+"""Two runs held against each other: what they logged and what they ended in, bit for bit, with the size of what differs."""
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lmlab.config.schema import RunConfig
-from lmlab.journal import RunDir, write_json
-from lmlab.records import RunFailedError
+from lmlab.journal import RunDir
 
 MEASURED = ("time", "perf/", "memory/")
 """Beginnings of what differs between two runs of the same numbers."""
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step")
 """Parts of a checkpoint."""
-
-
-def certify_resume(config: RunConfig, folder: Path, *, steps: int, at: int) -> dict[str, Any]:
-    """Train ``steps`` steps whole, and again from the checkpoint of step ``at`` in a process of its own.
-
-    Args:
-        config: of the run that is certified; its last step, logger, names and places are replaced.
-        folder: an empty one, for the two runs.
-
-    Returns:
-        ``equal``, ``differences`` (each a line), ``steps``, ``at`` and the versions it holds for.
-
-    Raises:
-        UserError: what a start with that config would say.
-        RunFailedError: one of the runs failed.
-    """
-    trainer = config.trainer.model_copy(
-        update={
-            "max_steps": steps,
-            "max_epochs": None,
-            "log_every_n_steps": 1,
-            "val_every_n_steps": min(config.trainer.val_every_n_steps, at),
-        }
-    )
-    told = {
-        "trainer": trainer,
-        "checkpoint": config.checkpoint.model_copy(update={"every_n_steps": at, "keep": steps}),
-        "logger": config.logger.model_copy(update={"mode": "disabled"}),
-        "output_root": str(folder),
-        "overwrite": False,
-    }
-    common = config.model_copy(update=told)
-    whole = _train(common.model_copy(update={"run_name": "whole", "resume": None}), folder / "whole")
-    start = whole.checkpoints / f"step-{at:08d}"
-    again = _train(
-        common.model_copy(update={"run_name": "resumed", "resume": str(start)}), folder / "resumed"
-    )
-    differences = list(compare_runs(whole, again, after=at))
-    return {
-        "certificate": "resumed = uninterrupted",
-        "equal": not differences,
-        "differences": differences,
-        "steps": steps,
-        "at": at,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **_held_for(),
-    }
-
-
-def _train(config: RunConfig, folder: Path) -> RunDir:
-    """A run of ``config`` in ``folder``, prepared here and trained in a fresh process."""
-    from lmlab.start import create_run, plan_run
-
-    plan = plan_run(config, [], folder=folder)
-    create_run(plan, [])
-    plan.run.release()
-    done = run_worker(plan.run, quiet=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RunFailedError(f"the run {config.run_name} of the check ended with {done.returncode}: {last}")
-    return plan.run
 
 
 def run_worker(
@@ -108,32 +38,59 @@ def run_worker(
     )
 
 
+class Difference(NamedTuple):
+    """``text`` says what differs and how; ``size`` by how much, infinite for what has no size (a missing line)."""
+
+    text: str
+    size: float
+
+
 def compare_runs(
     one: RunDir, other: RunDir, *, after: int = 0, upto: int | None = None, both_fresh: bool = False
 ) -> Iterator[str]:
-    """A line for everything that differs between two runs beyond step ``after``, and in their last checkpoints.
+    """The texts of `differences`."""
+    for difference in differences(one, other, after=after, upto=upto, both_fresh=both_fresh):
+        yield difference.text
+
+
+def differences(
+    one: RunDir,
+    other: RunDir,
+    *,
+    after: int = 0,
+    upto: int | None = None,
+    both_fresh: bool = False,
+    logs: Sequence[str] = ("metrics", "samples", "layers"),
+) -> Iterator[Difference]:
+    """Everything that differs between two runs beyond step ``after``, and in their last checkpoints.
 
     Args:
         upto: the step at which ``other`` was ended early. What its end added there (a validation, samples) is left out,
             and the checkpoints compared are those of that step, if both have one.
         both_fresh: neither goes on from the other, so of the random states only torch's are compared: Python's own is
             drawn from by libraries that have nothing to do with training (W&B).
+        logs: whose lines are compared.
     """
     import torch
 
-    for name in ("metrics", "samples", "layers"):
+    for name in logs:
         rows = logged_rows(one, other, name, after=after, upto=upto)
         if rows[0] != rows[1]:
-            pairs = zip(*rows, strict=False)
-            first = next(
-                (f"{a} against {b}" for a, b in pairs if a != b), f"{len(rows[0])} and {len(rows[1])} lines"
+            pairs = [(a, b) for a, b in zip(*rows, strict=False) if a != b]
+            first = (
+                f"{pairs[0][0]} against {pairs[0][1]}"
+                if pairs
+                else f"{len(rows[0])} and {len(rows[1])} lines"
             )
-            yield f"{name}.jsonl: {first[:300]}"
+            alike = len(rows[0]) == len(rows[1])
+            size = max(_rows_apart(a, b) for a, b in pairs) if alike else math.inf
+            yield Difference(f"{name}.jsonl: {first[:300]}", size)
     last = [sorted(path.name for path in run.checkpoints.glob("step-*")) for run in (one, other)]
     common = common_checkpoint(one, other, upto=upto)
     if common is None:
         if upto is None:
-            yield f"the last checkpoints are {' and '.join(names[-1] if names else 'none' for names in last)}"
+            named = " and ".join(names[-1] if names else "none" for names in last)
+            yield Difference(f"the last checkpoints are {named}", math.inf)
         return
     paths = [run.checkpoints / common / "state.pt" for run in (one, other)]
     states = [torch.load(path, map_location="cpu", weights_only=True) for path in paths]
@@ -143,6 +100,13 @@ def compare_runs(
         ]
     for part in COMPARED:
         yield from _differences(part, states[0].get(part), states[1].get(part))
+
+
+def _rows_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """The largest relative difference of two logged lines' values."""
+    if one.keys() != other.keys():
+        return math.inf
+    return max(_apart(one[name], other[name]) for name in one)
 
 
 def common_checkpoint(one: RunDir, other: RunDir, *, upto: int | None = None) -> str | None:
@@ -229,7 +193,7 @@ def _apart(one: Any, other: Any) -> float:
     return abs(one - other) / max(abs(one), abs(other))
 
 
-def _differences(path: str, one: Any, other: Any) -> Iterator[str]:
+def _differences(path: str, one: Any, other: Any) -> Iterator[Difference]:
     import torch
 
     if isinstance(one, dict) and isinstance(other, dict):
@@ -240,24 +204,10 @@ def _differences(path: str, one: Any, other: Any) -> Iterator[str]:
             yield from _differences(f"{path}[{index}]", a, b)
     elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.shape != other.shape or one.dtype != other.dtype:
-            yield f"{path}: {tuple(one.shape)} {one.dtype} against {tuple(other.shape)} {other.dtype}"
+            shapes = f"{tuple(one.shape)} {one.dtype} against {tuple(other.shape)} {other.dtype}"
+            yield Difference(f"{path}: {shapes}", math.inf)
         elif not torch.equal(one, other):
-            yield f"{path}: apart by up to {(one.double() - other.double()).abs().max():.3g}"
+            size = float((one.double() - other.double()).abs().max())
+            yield Difference(f"{path}: apart by up to {size:.3g}", size)
     elif one != other:
-        yield f"{path}: {str(one)[:80]} against {str(other)[:80]}"
-
-
-def _held_for() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "lightning")}
-    return {"versions": versions, "gpu": gpu, "cpus": os.cpu_count()}
-
-
-def write_certificate(run: RunDir, certificate: dict[str, Any]) -> Path:
-    """Beside the run's other files."""
-    write_json(run.resume_certificate, certificate)
-    return run.resume_certificate
+        yield Difference(f"{path}: {str(one)[:80]} against {str(other)[:80]}", _apart(one, other))
