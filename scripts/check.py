@@ -122,7 +122,8 @@ def run_checks(config: Any, names: list[str], options: argparse.Namespace, run: 
     if red:
         print(f"red: {', '.join(red)} (docs/checks.md says where to look)")
         return 1
-    print(f"green: {len(outcomes) - skipped} checks" + (f", {skipped} skipped" if skipped else ""))
+    count = len(outcomes) - skipped
+    print(f"green: {count} check{'' if count == 1 else 's'}" + (f", {skipped} skipped" if skipped else ""))
     return 0
 
 

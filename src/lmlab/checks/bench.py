@@ -173,7 +173,7 @@ class Bench:
 
     def _build(self) -> None:
         from lmlab.assemble import build_for_training
-        from lmlab.checks.dropout import without_dropout
+        from lmlab.checks.callbacks import without_dropout
         from lmlab.models.memory import MemoryMeter
 
         began, before = time.monotonic(), list[Any]()
