@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmlab.checks.bench import Bench
-from lmlab.checks.table import Part, SkippedError
+from lmlab.checks.table import Part
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class Watched:
         return [row.token_ids for row in rows], noting.seen
 
     def _sampler(self, noting: _Noting) -> Any:
-        """The greedy sampler with one more processor behind its own."""
+        """The plain greedy sampler, whatever else the config's own rules out, with a processor that looks on."""
         from lmlab.registry import samplers
 
         greedy: Any = samplers.class_of("greedy")
@@ -69,10 +69,7 @@ class Watched:
                 own.append(noting)
                 return own
 
-        known = next((c for c in self.bench.config.samplers.values() if c.kind == "greedy"), None)
-        if known is None:
-            raise SkippedError("no greedy sampler among the config's samplers")
-        return Greedy.model_construct(**{**dict(known), "max_new_tokens": self.new_tokens})
+        return Greedy.model_validate({"kind": "greedy", "max_new_tokens": self.new_tokens})
 
     def together_against_alone(
         self, alone: Sequence[Decoded], full: Sequence[torch.Tensor]

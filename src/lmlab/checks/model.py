@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmlab.checks.bench import Bench
+from lmlab.checks.bench import ROUNDING, Bench
 from lmlab.checks.table import Part, SkippedError, check
 
 if TYPE_CHECKING:
@@ -225,11 +225,11 @@ def save_load(bench: Bench) -> Iterator[Part]:
 
     from lmlab.load import load_for_use
 
-    built, config = bench.built, bench.config
+    built = bench.built
     folder = bench.folder / "saved"
     built.save_weights(folder, None)
     usable = load_for_use(str(folder), accelerator="gpu" if bench.hardware.device.type == "cuda" else "cpu")
-    loaded = usable.generator.model
+    loaded = usable.model
     theirs = dict(loaded.named_parameters())
     worst, name_of_worst = 0.0, ""
     for name, parameter in built.model.named_parameters():
@@ -246,14 +246,11 @@ def save_load(bench: Bench) -> Iterator[Part]:
     with torch.no_grad():
         ours = [bench.own_logits(built.model, document) for document in bench.documents]
         others = [bench.own_logits(loaded, document) for document in bench.documents]
-    same_type = _dtypes(loaded) == _dtypes(built.model)
-    allowed = bench.rounding if same_type else max(bench.rounding, 5e-2)
-    detail = "" if same_type else f"loaded in other types than {config.trainer.precision} training's"
+    allowed, detail = bench.rounding, ""
+    if usable.hardware.precision != bench.hardware.precision:  # a script has no trainer.precision to go by
+        allowed = max(allowed, ROUNDING[usable.hardware.precision])
+        detail = f"trained in {bench.hardware.precision} products, loaded for {usable.hardware.precision}"
     yield _logits_part("logits", ours, others, allowed, detail)
-
-
-def _dtypes(model: Any) -> set[str]:
-    return {str(parameter.dtype) for parameter in model.parameters()}
 
 
 # --- sizes of differences -----------------------------------------------------------------------------------------
