@@ -3,124 +3,143 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from lmlab.config.compose import load_env, report_error
-from lmlab.records import UserError
+from lmlab.records import RunFailedError, UserError
+
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
+            "begins_with", "json_schema", "max_new_tokens")  # fmt: skip
+LISTS = {"stop": "stop", "bad_word": "bad_words"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__)
-    parser.add_argument("model", help="a run's directory, an adapter, a model directory or a hub id")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    parser.add_argument(
-        "--system", help="a system message before each prompt, for models trained on conversations"
-    )
-    parser.add_argument("--prompts-file", help="one prompt a line, or .jsonl with a prompt field")
-    parser.add_argument(
-        "--sampler", help="greedy, temperature, top_k, top_p, top_p_temperature (default: the run's own)"
-    )
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--max-new-tokens", type=int)
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has seed + 1, ...")
-    parser.add_argument(
-        "--raw", action="store_true", help="give the prompt as it is, without the run's template"
-    )
-    parser.add_argument("--best", action="store_true", help="of a run: its best weights instead of its last")
-    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
-    parser.add_argument("--out", help="write JSON lines there instead of text to the terminal")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     load_env()
     try:
         return _generate(options)
     except UserError as error:
         return report_error(error)
+    except RunFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:  # while it loads
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="generate.py", description=__doc__)
+    parser.add_argument("model", help="a run's directory, an adapter, a model directory or a hub id")
+    parser.add_argument("stdin", nargs="?", choices=("-",), help="-: prompts from standard input, one a line")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
+    parser.add_argument(
+        "--prompts-file", metavar="FILE", help="one prompt a line, or .jsonl with a field prompt (and system)"
+    )
+    parser.add_argument(
+        "--system", help="a system message before each prompt, for models trained on conversations"
+    )
+    parser.add_argument("--raw", action="store_true", help="prompts as they are, without the run's template")
+    parser.add_argument(
+        "--sampler",
+        action="append",
+        metavar="NAME",
+        help="a name of conf/sampler (default: the run's own); several: every prompt under each of them",
+    )
+    for name, kind, help in (
+        ("temperature", float, "divides the logits; 0: the most likely token"),
+        ("top-k", int, "only the k most likely tokens"),
+        ("top-p", float, "the most likely tokens that together reach p"),
+        ("min-p", float, "tokens at least p times as likely as the most likely one"),
+        ("typical-p", float, "locally typical tokens that together reach p"),
+        ("repetition-penalty", float, "above 1: tokens already there are less likely"),
+        ("no-repeat-ngram-size", int, "no n-gram of that many tokens twice"),
+        ("begins-with", str, "the text begins with this"),
+        ("json-schema", str, "a .json file: the text is JSON that this schema allows"),
+        ("max-new-tokens", int, "at most that many"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=help)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends before this; several times")
+    parser.add_argument("--bad-word", action="append", metavar="TEXT", help="never comes; several times")
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has seed + 1, ...")
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a further adapter on the same base",
+    )
+    parser.add_argument(
+        "--use", metavar="NAME", help="that adapter, or base: without any (default: the first)"
+    )
+    parser.add_argument("--best", action="store_true", help="of a run: its best weights instead of its last")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show the text as it is written, one prompt at a time (default: of one prompt, on a terminal)",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="JSON lines, written batch by batch, instead of text here"
+    )
+    return parser
 
 
 def _generate(options: argparse.Namespace) -> int:
-    prompts = _prompts(options)
-    sampler_values = _sampler_values(options)
-    from lmlab.generation.samplers import load_sampler
+    from lmlab.chat.choice import chosen_sampler, further_adapters, using
+    from lmlab.chat.prompts import read_prompts
+    from lmlab.chat.writing import Output, full_prompts, write_texts
+
+    if options.batch_size < 1:
+        raise UserError("no batch", where="--batch-size", fix="1 or more")
+    if options.stdin and options.prompts_file:
+        raise UserError("two sources of prompts", where="-", fix="give either - or --prompts-file")
+    adapters = further_adapters(options.adapter)
+    names, changes = options.sampler or [None], _changes(options)
+    if options.sampler:  # a wrong one is told before anything is loaded
+        for name in names:
+            chosen_sampler({}, name, changes)
+    asked = read_prompts(options.prompt, options.stdin or options.prompts_file)
+    if (
+        options.out
+        and options.prompts_file
+        and os.path.realpath(options.out) == os.path.realpath(options.prompts_file)
+    ):
+        raise UserError(
+            "the prompts would be overwritten", where=options.out, fix="name another file with --out"
+        )
+    alone = len(asked) * len(names) == 1
+    streams = options.stream if options.stream is not None else alone and sys.stdout.isatty()
+    output = Output(options.out, streams=streams)
     from lmlab.load import load_for_use
 
-    usable = load_for_use(options.model, accelerator=options.accelerator, use_best=options.best)
-    if options.sampler is None:  # the run's own, or greedy where there is none
-        sampler_values = {**(usable.sampler or _named_sampler("greedy")), **sampler_values}
-    sampler = load_sampler(sampler_values)
-    if options.raw:
-        full = prompts
-    else:
-        full = [usable.prompting(prompt, system=options.system) for prompt in prompts]
-    seeds = [options.seed + index for index in range(len(prompts))]
-    texts = usable.generator(full, sampler=sampler, seeds=seeds)
-    rows = [
-        {
-            "prompt": prompt,
-            "sampler": sampler.kind,
-            "seed": seed,
-            "text": text.text,
-            "new_tokens": text.new_tokens,
-            "stop_reason": text.stop_reason,
-        }
-        for prompt, seed, text in zip(prompts, seeds, texts, strict=True)
-    ]
-    if options.out:
-        Path(options.out).write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    usable = load_for_use(
+        options.model, accelerator=options.accelerator, use_best=options.best, adapters=adapters
+    )
+    with using(usable, options.use) as view:
+        chosen = [chosen_sampler(view.sampler, name, changes) for name in names]
+        full = full_prompts(view, asked, system=options.system, raw=options.raw)
+        samplers = {name or own.kind: own for name, own in zip(names, chosen, strict=True)}
+        rows = write_texts(
+            view,
+            asked,
+            full,
+            samplers=samplers,
+            seed=options.seed,
+            batch_size=1 if output.streams else options.batch_size,
+            on_text=output.piece if output.streams else None,
         )
-        print(options.out)
-        return 0
-    for row, given in zip(rows, full, strict=True):
-        print((given if given == row["prompt"] else f"> {row['prompt']}\n") + row["text"])
-    return 0
+        return output.write(rows, asked=asked, full=full, samplers=list(samplers))
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
-    prompts = list(options.prompt)
-    if options.prompts_file:
-        try:
-            lines = [
-                line
-                for line in Path(options.prompts_file).read_text(encoding="utf-8").splitlines()
-                if line.strip()
-            ]
-            prompts += (
-                [json.loads(line)["prompt"] for line in lines]
-                if options.prompts_file.endswith(".jsonl")
-                else lines
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"prompts cannot be read: {error}",
-                where=options.prompts_file,
-                fix="one a line, or .jsonl with a prompt field",
-            ) from error
-    if not prompts:
-        raise UserError("no prompt", where="--prompt", fix="give --prompt '...' or --prompts-file FILE")
-    return prompts
-
-
-def _sampler_values(options: argparse.Namespace) -> dict[str, Any]:
-    """The chosen sampler's values (conf/sampler) with what the command line changes."""
-    values = {} if options.sampler is None else _named_sampler(options.sampler)
-    changed = {
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "max_new_tokens": options.max_new_tokens,
-    }
-    return {**values, **{key: value for key, value in changed.items() if value is not None}}
-
-
-def _named_sampler(name: str) -> dict[str, Any]:
-    from lmlab.config.named import named_sampler
-
-    return named_sampler(name).model_dump()
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the command line changes."""
+    given = {name: getattr(options, name) for name in SETTINGS}
+    given |= {field: getattr(options, option) for option, field in LISTS.items()}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
         "checks",
         "sweeps",
         "assemble",
+        "chat",
         "load",
         "session",
         "resume",

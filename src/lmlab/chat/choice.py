@@ -1,0 +1,67 @@
+"""What a command line chooses: a sampler by name or the run's own, further adapters, and the one to use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from lmlab.records import UserError
+from lmlab.registry import suggest
+
+if TYPE_CHECKING:
+    from lmlab.generation.samplers import SamplerConfig
+    from lmlab.load import UsableModel
+
+BASE = "base"
+"""How the model without any adapter is called."""
+
+
+def chosen_sampler(own: Mapping[str, Any], name: str | None, changes: Mapping[str, Any]) -> SamplerConfig:
+    """The sampler ``name``; None: the run's ``own`` ({} for none: greedy). With ``changes`` over it.
+
+    Raises:
+        UserError: no such sampler, a setting it does not have, or a value out of range.
+    """
+    from lmlab.config.named import named_sampler
+    from lmlab.generation.samplers import load_sampler
+
+    if name is None and own:
+        return load_sampler({**own, **changes})
+    return named_sampler(name or "greedy", changes)
+
+
+def further_adapters(given: Sequence[str]) -> dict[str, str]:
+    """``["name=DIR", ...]`` as name -> directory.
+
+    Raises:
+        UserError: not of that form, or a name that is taken.
+    """
+    found: dict[str, str] = {}
+    for text in given:
+        name, sign, folder = text.partition("=")
+        if not (name and sign and folder):
+            raise UserError(f"not a name and a directory: '{text}'", where="--adapter", fix="write NAME=DIR")
+        if name in found or name == BASE:
+            raise UserError(f"the name '{name}' is taken", where="--adapter", fix="choose another name")
+        found[name] = folder
+    return found
+
+
+def check_adapter(name: str, known: Sequence[str]) -> None:
+    """Raise UserError if ``name`` is neither ``base`` nor among the adapters ``known``."""
+    if name != BASE and name not in known:
+        raise UserError(f"no adapter '{name}'", where="adapter", fix=suggest(name, [*known, BASE]))
+
+
+def using(usable: UsableModel, adapter: str | None) -> AbstractContextManager[UsableModel]:
+    """The model with the named adapter, or alone (``base``); None: with the first, where there are any.
+
+    Raises:
+        UserError: it has no such adapter.
+    """
+    if adapter is not None:
+        check_adapter(adapter, usable.adapter_names)
+    if not usable.adapter_names:
+        return nullcontext(usable)
+    return usable.using(None if adapter == BASE else adapter or usable.adapter_names[0])
