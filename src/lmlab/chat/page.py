@@ -48,7 +48,9 @@ OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 
 CSS = """
 .gradio-container { max-width: 80rem !important; margin: 0 auto !important; }
 #title h2 { margin: 0; } #about p { margin: 0; opacity: .8; }
-#status textarea { border: none; box-shadow: none; background: none; padding: 0 .25rem; font-size: .875rem; opacity: .85; }
+#chat .message-content .md { white-space: pre-wrap; }
+#status, #status * { border: none !important; box-shadow: none; background: none; }
+#status textarea { padding: 0 .25rem; font-size: .875rem; opacity: .85; }
 """
 
 
@@ -169,7 +171,7 @@ class _Page:
             with gr.Row(equal_height=False):
                 with gr.Column(scale=3, min_width=380):
                     self._conversation()
-                with gr.Column(scale=1, min_width=260):
+                with gr.Column(scale=2, min_width=380):
                     self._settings(seed, system, adapter)
             self._bind(page)
         return page
@@ -186,7 +188,7 @@ class _Page:
             render_markdown=False,
             latex_delimiters=[],
             feedback_options=None,
-            buttons=["copy"],
+            buttons=["copy_all"],
             placeholder="Write a message below.",
         )
         self.status = gr.Textbox(
@@ -218,10 +220,11 @@ class _Page:
         self.sampler = gr.Dropdown(
             sorted({*sampler_names(), self.own.kind}), value=self.own.kind, label="Sampler", elem_id="sampler"
         )
-        self.sliders = [
-            gr.Slider(*span[:2], step=span[2], label=field, elem_id=field, **look)
-            for (field, span), look in zip(SLIDERS.items(), self._looks(self.own.kind), strict=True)
-        ]
+        with gr.Row():
+            self.sliders = [
+                gr.Slider(*span[:2], step=span[2], label=field, elem_id=field, min_width=170, **look)
+                for (field, span), look in zip(SLIDERS.items(), self._looks(self.own.kind), strict=True)
+            ]
         self.seed = gr.Number(
             value=seed, label="Seed of the next answer", precision=0, minimum=0, elem_id="seed"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -58,6 +60,10 @@ class Terminal:
 
     def run(self) -> int:
         """Talk until the person has enough; the exit code."""
+        with contextlib.suppress(
+            ImportError
+        ):  # not on every system; `input` then has a history and an editor
+            importlib.import_module("readline")
         self._say(MEMORY[self.dialogue.memory(self.adapter)])
         self._say("/help lists the commands; /quit ends.")
         while True:

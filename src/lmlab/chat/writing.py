@@ -80,7 +80,9 @@ def write_texts(
             for start in range(0, len(asked), batch_size):
                 seeds = [seed + index for index in range(start, min(start + batch_size, len(asked)))]
                 told = None if on_text is None else (lambda i, piece, start=start: on_text(start + i, piece))
-                texts = within(full[start : start + batch_size], sampler=sampler, seeds=seeds, on_text=told)
+                texts = within(
+                    full[start : start + batch_size], sampler=sampler, seeds=seeds, on_text=told, entropy=True
+                )
                 yield [
                     {
                         **one.carried,
@@ -90,7 +92,7 @@ def write_texts(
                         "text": text.text,
                         "new_tokens": text.new_tokens,
                         "stop_reason": text.stop_reason,
-                        "mean_entropy": getattr(text, "mean_entropy", None),
+                        "mean_entropy": text.mean_entropy,
                     }
                     for one, own_seed, text in zip(
                         asked[start : start + batch_size], seeds, texts, strict=True

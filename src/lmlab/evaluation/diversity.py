@@ -48,13 +48,14 @@ def text_figures(text: str, *, earlier: str | None, mean_entropy: float | None) 
 
     Args:
         earlier: what the same prompt and sampler gave at the step before, None at the first.
-        mean_entropy: of the model's distributions while it wrote, nats; None if unknown.
+        mean_entropy: of the model's distributions while it wrote, nats; None if unknown. Four decimals are kept, as the
+            last bits are those of the hardware.
     """
     units = words(text)
     return {
         "distinct_1": distinct(units, 1),
         "distinct_2": distinct(units, 2),
         "seq_rep_4": repetition(units),
-        "mean_entropy": mean_entropy,
+        "mean_entropy": None if mean_entropy is None else round(mean_entropy, 4),
         "similarity": None if earlier is None else similarity(text, earlier),
     }

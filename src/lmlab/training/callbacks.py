@@ -218,8 +218,8 @@ class SampleGrid(Callback):
         with self._pause(), self.meter.phase("generate"):
             for name, sampler in self.grid.items():
                 seeds = [self.seed + index for index in range(len(self.prompts))]
-                full = [full for _, full in self.prompts]
-                texts = self.generator(full, sampler=sampler, seeds=seeds, entropy=True)
+                prompts = [full for _, full in self.prompts]
+                texts = self.generator(prompts, sampler=sampler, seeds=seeds, entropy=True)
                 for index, text in enumerate(texts):
                     samples.append(self._sample_of(step, index, name, seeds[index], text))
         if trainer.is_global_zero:
