@@ -34,6 +34,7 @@ from lmlab.data.split import SIDES, SplitPlan, plan_split
 from lmlab.data.tally import Tally
 from lmlab.records import Document, Record, Segment, UserError
 
+OnDocument = Callable[[EncodedDocument, str], None]
 ENCODING_VERSION = {"pretrain": 4, "sft": 5}
 """Of each task; raise it whenever the same data and tokenizer would give other files."""
 LONG_TEXT = 200_000
@@ -107,6 +108,34 @@ def prepare(config: DataConfig, encoder: TextEncoder, *, task: str) -> PreparedD
     return PreparedData.load(folder)
 
 
+def encode_to_measure(
+    config: DataConfig,
+    encoder: TextEncoder,
+    folder: Path,
+    *,
+    task: str,
+    side: str = "all",
+    limit: int | None = None,
+    on_document: OnDocument | None = None,
+) -> PreparedData:
+    """Encode into ``folder`` what a model is to be measured on, as training would; its rows are the ``val`` ones.
+
+    Args:
+        side: ``all`` records, or those that the split puts on one side (train, val, test).
+        limit: at most so many documents, the first ones.
+        on_document: called with each encoded document and its place (of a long text, with its beginning).
+
+    Raises:
+        UserError: nothing to predict in it, a bad record, or a source that cannot be read record by record.
+    """
+    if isinstance(config, MixData):
+        fix = "give its sources one by one"
+        raise UserError("a mix of sources is not measured as one", where="--data", fix=fix)
+    encoding = _Encoding(config, encoder, task=task)
+    meta = encoding.write_one(folder, side, limit=limit, on_document=on_document)
+    return PreparedData(folder, meta)
+
+
 def _write(folder: Path, config: DataConfig, encoder: TextEncoder, *, task: str) -> None:
     folder.mkdir(parents=True)
     if isinstance(config, MixData):
@@ -143,6 +172,47 @@ class _Encoding:
         """The sides under ``folder``; (meta.json, the examples shown)."""
         plan = _plan(self.config, task=self.task, format_name=self.format_name)
         sides = SIDES if self.config.test_fraction else SIDES[:2]
+        self._fill(folder, plan.sides(self.config.records(self.intake, task=self.task)), sides)
+        _check_sides(self.config, self.tally, sides)
+        meta = self._meta()
+        rows = PreparedData(folder, meta).rows("train")
+        meta["report"]["rows"] = {"train": len(rows)}
+        if meta["packing"] and not self.stream:
+            tokens = meta["report"]["train"]["tokens"]
+            meta["report"]["fill"] = tokens / (len(rows) * self.config.max_length)
+        return meta, self.tally.examples()
+
+    def write_one(
+        self, folder: Path, side: str, *, limit: int | None, on_document: OnDocument | None
+    ) -> dict[str, Any]:
+        """One side of the split, or ``all`` records, as the validation side under ``folder``; its meta.json."""
+        plan = _plan(self.config, task=self.task, format_name=self.format_name)
+        records = self.config.records(self.intake, task=self.task)
+        if side != "all":
+            records = (record for found, record in plan.sides(records) if found == side)
+        chosen = (("val", record) for record in records)
+        self._fill(folder, chosen, ("val",), limit=limit, on_document=on_document)
+        if not self.tally.sides["val"].lengths:
+            dropped = ", ".join(f"{reason}: {n}" for reason, n in sorted(self.intake.dropped.items()))
+            raise UserError(
+                f"nothing to measure: {self.intake.read} records read, dropped {dropped or 'none'}",
+                where=_where(self.config),
+                fix="give records with text to predict, or raise data.max_length"
+                if side == "all"
+                else f"the split has no record on its {side} side: give more records",
+            )
+        return self._meta()
+
+    def _fill(
+        self,
+        folder: Path,
+        chosen: Iterable[tuple[str, Record]],
+        sides: tuple[str, ...],
+        *,
+        limit: int | None = None,
+        on_document: OnDocument | None = None,
+    ) -> None:
+        """Encode and write (side, record) pairs, at most ``limit`` documents; the rest of them is not looked at."""
         writers = {
             side: ShardWriter(folder / side, vocab_size=self.encoder.vocab_size, flags=True) for side in sides
         }
@@ -153,31 +223,27 @@ class _Encoding:
                 for side, writer in writers.items():
                     writer.add(np.asarray([self.encoder.eos_token_id]), np.zeros(1, bool))
                     places[side]("")
-            for side, record in plan.sides(self.config.records(self.intake, task=self.task)):
+            for side, record in chosen:
                 try:
-                    self._one(side, record, writers[side])
+                    encoded = self._one(side, record, writers[side])
                 except BadRecordError as error:
                     if error.reason in ("no trained token", "too long"):  # the length policy's own doing
                         self.intake.drop(error.reason, where=record.where, detail=error.detail)
                     else:
                         self.intake.bad(error.reason, where=record.where, detail=error.detail)
-                else:
-                    places[side](record.where)
-        _check_sides(self.config, self.tally, sides)
+                    continue
+                places[side](record.where)
+                if on_document is not None:
+                    on_document(encoded, record.where)
+                if limit is not None and sum(len(s.lengths) for s in self.tally.sides.values()) >= limit:
+                    break
         for side, writer in writers.items():
             write_index(folder / side, [writer.close()])
-        meta = self._meta()
-        rows = PreparedData(folder, meta).rows("train")
-        meta["report"]["rows"] = {"train": len(rows)}
-        if meta["packing"] and not self.stream:
-            tokens = meta["report"]["train"]["tokens"]
-            meta["report"]["fill"] = tokens / (len(rows) * self.config.max_length)
-        return meta, self.tally.examples()
 
-    def _one(self, side: str, record: Record, writer: ShardWriter) -> None:
+    def _one(self, side: str, record: Record, writer: ShardWriter) -> EncodedDocument:
+        """Encode and write one record; what comes back of a long text is its beginning."""
         if self.format_name == "text" and len(str(record.fields.get(self._text_column) or "")) > LONG_TEXT:
-            self._long_text(side, record, writer)
-            return
+            return self._long_text(side, record, writer)
         encoded = fit_document(
             record,
             self.format_name,
@@ -190,12 +256,13 @@ class _Encoding:
         self.intake.truncated += encoded.truncated
         writer.add(encoded.ids, encoded.trained)
         self.tally.add(side, encoded, record.where)
+        return encoded
 
     @property
     def _text_column(self) -> str:
         return self.config.columns.get("text", "text")
 
-    def _long_text(self, side: str, record: Record, writer: ShardWriter) -> None:
+    def _long_text(self, side: str, record: Record, writer: ShardWriter) -> EncodedDocument:
         """A text of any size: the same ids as `fit_document` would give, without its offsets."""
         text = self.format(record, self.options).segments[0].text
         before, trained = writer.num_tokens, writer.num_trained
@@ -214,6 +281,7 @@ class _Encoding:
             supervised=writer.num_trained - trained,
             supervised_bytes=len(text.encode("utf-8")),
         )
+        return head
 
     def _encoded(self, text: str) -> EncodedDocument:
         document = Document((Segment(text, True),), ends=False)
@@ -290,6 +358,10 @@ def _options(
     )
 
 
+def _where(config: DataConfig) -> str:
+    return str(getattr(config, "path", None) or getattr(config, "name", None) or config.kind)
+
+
 def _check_sides(config: DataConfig, tally: Tally, sides: tuple[str, ...]) -> None:
     """Every side needs a record.
 
@@ -305,6 +377,6 @@ def _check_sides(config: DataConfig, tally: Tally, sides: tuple[str, ...]) -> No
     raise UserError(
         f"no {empty} record: {tally.intake.read} read, dropped {dropped}, "
         f"left {counts['train']} to train on and {counts['val']} to validate on",
-        where=str(getattr(config, "path", None) or getattr(config, "name", None) or config.kind),
+        where=_where(config),
         fix="give more records; equal ones, and those of one group, stay on one side",
     )

@@ -368,7 +368,9 @@ class SFTModule(CausalLMModule):
                 (text.text, about.references[i]) for i, text in zip(chosen, texts, strict=True) if i in mine
             ]
             metric.update([text for text, _ in own], [reference for _, reference in own])
-            values[f"val/{name}"] = float(metric.compute())
+            found = metric.compute()
+            named = found if isinstance(found, dict) else {name: found}
+            values.update({f"val/{key}": float(value) for key, value in named.items()})
         return values
 
 

@@ -1,0 +1,260 @@
+"""The data a model is measured on: a file, a data set of conf/data, or a run's own held-out side, as the model would read it.
+
+Everything is read and encoded as in training (template, chat template, tokenizer, length), so that the figures of a run's
+own validation come out again. What the command line sets stands above what the run was trained with, and that above
+conf/data.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lmlab.config.compose import CONF, to_run_config
+from lmlab.config.errors import hydra_error
+from lmlab.data.config import DataConfig
+from lmlab.data.encoding import EncodedDocument
+from lmlab.data.files import TEXT_SUFFIXES, data_suffix, find_files
+from lmlab.data.prepared import PreparedData
+from lmlab.data.sources import ShardsData
+from lmlab.evaluation.answers import Question
+from lmlab.journal import RunDir, read_json
+from lmlab.records import UserError
+from lmlab.variants import run_folder
+
+if TYPE_CHECKING:
+    from lmlab.load import UsableModel
+
+OWN_SIDES = ("val", "test")
+FILES = "files"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A data set ready to be measured on.
+
+    Attributes:
+        name: as given on the command line.
+        prepared: its rows are those of ``side``.
+        questions: prompts with references; [] for plain text.
+        notes: what a person should know of it: counts, what was dropped or cut, the template.
+    """
+
+    name: str
+    prepared: PreparedData
+    side: str
+    questions: list[Question]
+    notes: list[str]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Of this side: records, tokens, supervised_tokens, supervised_bytes."""
+        return self.prepared.meta["report"][self.side]
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """What is asked for with ``--data``, checked as far as it can be without a model.
+
+    Attributes:
+        given: a path, ``val`` or ``test`` (the run's own), or a name in conf/data.
+        config: None for a run's own.
+        told: keys under ``data.`` that the command line sets.
+        task: sft or pretrain; None for the run's own, sft for files.
+        side: of a data set of conf/data: val, train, test or all.
+    """
+
+    given: str
+    config: DataConfig | None
+    told: frozenset[str]
+    task: str | None
+    side: str
+
+    @classmethod
+    def of(cls, given: str, *, settings: Sequence[str], task: str | None, side: str | None) -> DataChoice:
+        """Compose the data set's config.
+
+        Args:
+            settings: ``data.key=value``.
+
+        Raises:
+            UserError: no such file or data set, or a setting that it does not have.
+        """
+        told = frozenset(setting.partition("=")[0] for setting in settings)
+        if given in OWN_SIDES:
+            if settings:
+                fix = "leave --set data.* out; a run's own data stays as it was prepared"
+                raise UserError("nothing to set here", where=f"--data {given}", fix=fix)
+            return cls(given, None, told, task, given)
+        named = sorted(file.stem for file in (CONF / "data").glob("*.yaml"))
+        if given in named and not Path(given).exists():
+            return cls(given, _compose(given, settings), told, task, side or "val")
+        files = find_files(given)
+        kind = "text" if all(data_suffix(file) in TEXT_SUFFIXES for file in files) else "jsonl"
+        config = _compose(kind, ["data.path=x", *settings]).model_copy(update={"path": given})
+        return cls(given, config, told, task or "sft", side or "all")
+
+
+def _compose(kind: str, settings: Sequence[str]) -> DataConfig:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("train", overrides=[f"data={kind}", *settings])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise hydra_error(error) from error
+    return to_run_config(composed).data
+
+
+@dataclass
+class DataSets:
+    """Encodes each data set once for all models that read it alike; `close` removes the files.
+
+    Args:
+        limit: records of each, the first ones; None for all. A run's own side is always taken whole.
+    """
+
+    limit: int | None
+    _made: dict[tuple[Any, ...], Measured] = field(default_factory=dict)
+    _folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="lmlab-evaluate-"))
+
+    def get(self, choice: DataChoice, usable: UsableModel, model: str) -> Measured:
+        """The data set as this model reads it.
+
+        Args:
+            model: as given on the command line; where it is a run, its settings count.
+        """
+        if choice.config is None:
+            return _own_side(choice.given, model)
+        from lmlab.data.chat_templates import chat_template_source, use_chat_template
+        from lmlab.start import text_encoder
+
+        config, notes = _as_trained(choice, usable, model)
+        tokenizer = usable.tokenizer
+        if config.chat_template is not None:
+            tokenizer = copy.deepcopy(tokenizer)
+            use_chat_template(tokenizer, chat_template_source(config.chat_template))
+        encoder = text_encoder(tokenizer)
+        task = choice.task or usable.info.get("task") or "sft"
+        key = (encoder.key, choice.given, task, config)
+        if key not in self._made:
+            folder = Path(self._folder.name) / str(len(self._made))
+            self._made[key] = self._encode(choice, config, encoder, folder, task=task, notes=notes)
+        return self._made[key]
+
+    def _encode(
+        self, choice: DataChoice, config: DataConfig, encoder: Any, folder: Path, *, task: str, notes: list[str]
+    ) -> Measured:
+        from lmlab.data.prepare import encode_to_measure, prepare
+
+        if isinstance(config, ShardsData):
+            prepared = prepare(config, encoder, task=task)
+            return Measured(choice.given, prepared, "val", [], [*notes, *_said(prepared.meta["report"], "val")])
+        questions: list[Question] = []
+
+        def keep(encoded: EncodedDocument, where: str) -> None:
+            document = encoded.document
+            if document.prompt and document.response:
+                questions.append(Question(where, document.prompt, document.response))
+
+        prepared = encode_to_measure(
+            config, encoder, folder, task=task, side=choice.side, limit=self.limit, on_document=keep
+        )
+        said = [*notes, *_said(prepared.meta["report"], "val")]
+        return Measured(choice.given, prepared, "val", questions, said)
+
+    def close(self) -> None:
+        """Remove what was encoded."""
+        self._folder.cleanup()
+
+
+def _as_trained(choice: DataChoice, usable: UsableModel, model: str) -> tuple[DataConfig, list[str]]:
+    """The data set's config with what the model's run was trained with, where the command line says nothing."""
+    from lmlab.generation.decode import context_length
+
+    config, info = choice.config, usable.info
+    assert config is not None
+    own, update, notes = _run_data(model), dict[str, Any](), list[str]()
+    context = context_length(usable.model)
+    if "data.max_length" not in choice.told:
+        length = own.get("max_length") or config.max_length
+        update["max_length"] = min(length, context or length)
+    elif context is not None and config.max_length > context:
+        raise UserError(
+            f"data.max_length={config.max_length} is beyond the model's context of {context}",
+            where=model,
+            fix=f"at most {context}",
+        )
+    if "cross_document_attention" in own and "data.cross_document_attention" not in choice.told:
+        update["cross_document_attention"] = own["cross_document_attention"]
+    if "data.template" not in choice.told and info.get("template"):
+        update["template"] = info["template"]
+    if "data.chat_template" not in choice.told and info.get("format") == "messages":
+        update["chat_template"] = info.get("chat_template")
+    config = config.model_copy(update=update)
+    format_name = config.format_for(choice.task or info.get("task") or "sft")
+    if format_name == "triples" and "data.template" not in choice.told and not info.get("template"):
+        notes.append(f"this model was trained with no template: prompts are in '{config.template}' (data.template)")
+    return config, notes
+
+
+def _run_data(model: str) -> dict[str, Any]:
+    """The ``data`` section of the config of the run that ``model`` belongs to; {} for others."""
+    folder = run_folder(model)
+    if folder is None:
+        return {}
+    try:
+        values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        return dict(values["data"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def _own_side(side: str, model: str) -> Measured:
+    """The run's own held-out records, as they were prepared.
+
+    Raises:
+        UserError: ``model`` is no run, its prepared data is gone, or it has no such side.
+    """
+    folder = run_folder(model)
+    if folder is None:
+        raise UserError(f"{model} is no run", where=f"--data {side}", fix="give a data file, or a run's directory")
+    place = read_json(RunDir(folder).info).get("prepared")
+    if not place or not (Path(place) / "meta.json").is_file():
+        fix = "give the data file again: --data FILE"
+        raise UserError("the run's prepared data is gone from the cache", where=f"--data {side}", fix=fix)
+    prepared = PreparedData.load(Path(place))
+    report = prepared.meta["report"]
+    if side not in report:
+        fix = "train with data.test_fraction=0.1, or use --data val"
+        raise UserError(f"the run held out no {side} side", where=f"--data {side}", fix=fix)
+    notes = _said(report, side)
+    asked = prepared.meta["val_prompts"] if side == "val" and prepared.meta["format"] != "text" else []
+    questions = [
+        Question(f"{side}[{index}]", each["prompt"], each["response"])
+        for index, each in enumerate(asked)
+        if each["response"]
+    ]
+    return Measured(side, prepared, side, questions, notes)
+
+
+def _said(report: dict[str, Any], side: str) -> list[str]:
+    """Counts of one side in a line, and what was lost on the way to it."""
+    of = report[side]
+    records = of.get("records")
+    parts = [f"{records:,} records" if records is not None else "", f"{of['supervised_bytes']:,} bytes"]
+    line = [", ".join(part for part in parts if part)]
+    dropped = {reason: n for reason, n in (report.get("records_dropped") or {}).items() if n}
+    if dropped:
+        line.append("dropped " + ", ".join(f"{n:,} ({reason})" for reason, n in sorted(dropped.items())))
+    if report.get("records_truncated"):
+        line.append(f"{report['records_truncated']:,} records cut to data.max_length")
+    return line
