@@ -36,22 +36,61 @@ def _parser() -> argparse.ArgumentParser:
         prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="a run's directory, an adapter, a model directory or a hub id")
-    add("--data", nargs="+", default=[], metavar="DATA", help="files, folders or globs; val or test (the run's own); a name in conf/data")
-    add("--compare", metavar="FORMS", help="base, adapter, merged, a storage (none, bf16, int8, nf4, ...) or base+nf4; comma-separated")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting under data. or sampler., as data.max_length=1024 sampler.top_k=20")
-    add("--task", choices=("sft", "pretrain"), help="pretrain scores every token of a record, sft the response (default: the run's own; sft for files)")
-    add("--side", choices=("train", "val", "test", "all"), help="of the split (default: val of a named data set, all of files)")
+    add(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a run's directory, an adapter, a model directory or a hub id",
+    )
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="DATA",
+        help="files, folders or globs; val or test (the run's own); a name in conf/data",
+    )
+    add(
+        "--compare",
+        metavar="FORMS",
+        help="base, adapter, merged, a storage (none, bf16, int8, nf4, ...) or base+nf4; comma-separated",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting under data. or sampler., as data.max_length=1024 sampler.top_k=20",
+    )
+    add(
+        "--task",
+        choices=("sft", "pretrain"),
+        help="pretrain scores every token of a record, sft the response (default: the run's own; sft for files)",
+    )
+    add(
+        "--side",
+        choices=("train", "val", "test", "all"),
+        help="of the split (default: val of a named data set, all of files)",
+    )
     add("--limit", type=int, metavar="N", help="only the first N records of each data set and task")
     add("--stride", type=int, metavar="N", help="overlapping windows of a text, N tokens apart")
     add("--batch-size", type=int, default=16, metavar="N", help="rows in one forward pass")
     add("--sampler", help="of the answers: a name in conf/sampler (default: the run's own, or greedy)")
     add("--max-new-tokens", type=int, metavar="N", help="the same as --set sampler.max_new_tokens=N")
-    add("--answers", type=int, default=200, metavar="N", help="answers generated per data set, for its first questions; 0 for none (default 200)")
+    add(
+        "--answers",
+        type=int,
+        default=200,
+        metavar="N",
+        help="answers generated per data set, for its first questions; 0 for none (default 200)",
+    )
     add("--seed", type=int, default=0, help="of the first answer; the next has seed + 1, ...")
     add("--suite", metavar="TASK", help="tasks of the lm-evaluation-harness, comma-separated")
     add("--suite-path", metavar="DIR", help="a folder of task files of your own")
-    add("--quantization-report", metavar="DIR", help="write there what each storage does to the weights and logits of the first model")
+    add(
+        "--quantization-report",
+        metavar="DIR",
+        help="write there what each storage does to the weights and logits of the first model",
+    )
     add("--best", action="store_true", help="of a run: its best weights instead of its last")
     add("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
     add("--out", metavar="DIR", help="write results.json, results.md and the generated answers there")
@@ -73,7 +112,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.sampler is not None:  # of a run's own sampler nothing is known yet
         chosen_sampler(options.sampler, of_sampler, {})
     words = options.compare.split(",") if options.compare else [""]
-    variants = [Variant.parse(model, each.strip()) if each else Variant(model) for model in options.models for each in words]
+    variants = [
+        Variant.parse(model, each.strip()) if each else Variant(model)
+        for model in options.models
+        for each in words
+    ]
     suites = None
     if options.suite:
         from lmlab.evaluation.harness import load_suites
@@ -115,13 +158,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     """What can be wrong before anything is read."""
     if not (options.data or options.suite or options.quantization_report):
-        raise UserError("nothing to measure on", where="--data", fix="give --data FILE, --data val, or --suite TASK")
+        raise UserError(
+            "nothing to measure on", where="--data", fix="give --data FILE, --data val, or --suite TASK"
+        )
     for name, least in (("limit", 1), ("stride", 1), ("batch_size", 1), ("answers", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise UserError(f"{value} is too small", where=f"--{name.replace('_', '-')}", fix=f"at least {least}")
+            raise UserError(
+                f"{value} is too small", where=f"--{name.replace('_', '-')}", fix=f"at least {least}"
+            )
     if options.suite_path and not options.suite:
-        raise UserError("--suite-path without --suite", where="--suite-path", fix="name the tasks: --suite TASK")
+        raise UserError(
+            "--suite-path without --suite", where="--suite-path", fix="name the tasks: --suite TASK"
+        )
 
 
 def _settings(options: argparse.Namespace) -> tuple[list[str], tuple[tuple[str, Any], ...]]:
@@ -139,7 +188,9 @@ def _settings(options: argparse.Namespace) -> tuple[list[str], tuple[tuple[str, 
         try:
             of_sampler[key.removeprefix("sampler.")] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise UserError(f"cannot read '{text}'", where="--set", fix="write the value as in YAML") from error
+            raise UserError(
+                f"cannot read '{text}'", where="--set", fix="write the value as in YAML"
+            ) from error
     if options.max_new_tokens is not None:
         of_sampler["max_new_tokens"] = options.max_new_tokens
     return of_data, tuple(of_sampler.items())
@@ -151,7 +202,9 @@ def _write(folder: Path, results: Any, rows: list[dict[str, Any]]) -> None:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "results.json").write_text(
+            json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         (folder / "results.md").write_text(markdown(rows), encoding="utf-8")
         for name, result in zip(row_names(rows), results, strict=True):
             for data, texts in result.texts.items():
@@ -160,11 +213,26 @@ def _write(folder: Path, results: Any, rows: list[dict[str, Any]]) -> None:
                 file.write_text(lines, encoding="utf-8")
     except OSError as error:
         fix = "choose another folder"
-        raise UserError(f"cannot be written: {error.strerror or error}", where=f"--out {folder}", fix=fix) from error
+        raise UserError(
+            f"cannot be written: {error.strerror or error}", where=f"--out {folder}", fix=fix
+        ) from error
 
 
 def _quantization_report(options: argparse.Namespace) -> None:
-    raise UserError("not there yet", where="--quantization-report", fix="leave it out")
+    """On the texts of ``--data``, or on lmlab's own text where there are none."""
+    from lmlab.evaluation.quantization import KINDS, quantization_report
+
+    from lmlab.measured import texts_of
+
+    kinds = options.compare.split(",") if options.compare else list(KINDS)
+    quantization_report(
+        options.models[0],
+        texts=texts_of(options.data or ["python_help"], limit=options.limit),
+        kinds=kinds,
+        accelerator=options.accelerator,
+        folder=Path(options.quantization_report),
+    )
+    print(f"written: {options.quantization_report}")
 
 
 if __name__ == "__main__":

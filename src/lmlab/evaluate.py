@@ -8,12 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from lmlab.config.compose import CONF
 from lmlab.measured import DataChoice, DataSets, Measured
-from lmlab.records import UserError
-from lmlab.registry import suggest
 from lmlab.variants import Variant
 
 if TYPE_CHECKING:
@@ -102,22 +97,22 @@ def evaluate(
         data.close()
 
 
-def chosen_sampler(name: str | None, settings: Sequence[tuple[str, Any]], own: dict[str, Any]) -> SamplerConfig:
+def chosen_sampler(
+    name: str | None, settings: Sequence[tuple[str, Any]], own: dict[str, Any]
+) -> SamplerConfig:
     """The named sampler, or the run's ``own`` (greedy where there is none), with single fields changed.
 
     Raises:
         UserError: an unknown name, or a field it does not have.
     """
+    from lmlab.config.named import named_sampler, sampler_names
     from lmlab.generation.samplers import load_sampler
 
-    values = own
     if name is not None or not own:
-        file = CONF / "sampler" / f"{name or 'greedy'}.yaml"
-        if not file.is_file():
-            names = [each.stem for each in (CONF / "sampler").glob("*.yaml")]
-            raise UserError(f"unknown sampler '{name}'", where="--sampler", fix=suggest(str(name), names))
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return load_sampler({**values, **dict(settings)})
+        return named_sampler(name or "greedy", dict(settings))
+    if own.get("kind") in sampler_names():  # what an older run's sampler did not have yet comes from its YAML
+        return named_sampler(own["kind"], {**own, **dict(settings)})
+    return load_sampler({**own, **dict(settings)})
 
 
 def _import_ahead(variants: Sequence[Variant]) -> None:
@@ -171,9 +166,7 @@ def _one(variant: Variant, asked: Asked, data: DataSets, say: Callable[[str], No
     return result
 
 
-def _on_data(
-    usable: UsableModel, measured: Measured, asked: Asked
-) -> tuple[dict[str, Any], Answers | None]:
+def _on_data(usable: UsableModel, measured: Measured, asked: Asked) -> tuple[dict[str, Any], Answers | None]:
     from lmlab.evaluation.answers import answer
     from lmlab.evaluation.likelihood import likelihood, rows_to_score
     from lmlab.models.attention import NAME, attention
@@ -216,9 +209,7 @@ def precision(hardware: Hardware) -> Iterator[None]:
         yield
 
 
-def _windows(
-    measured: Measured, asked: Asked, figures: dict[str, Any], answers: Answers | None
-) -> list[str]:
+def _windows(measured: Measured, asked: Asked, figures: dict[str, Any], answers: Answers | None) -> list[str]:
     """How it was read, in words."""
     meta = measured.prepared.meta
     length = meta["max_length"]

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from lmlab.load import UsableModel
 
 OWN_SIDES = ("val", "test")
-FILES = "files"
 
 
 @dataclass(frozen=True)
@@ -151,13 +150,22 @@ class DataSets:
         return self._made[key]
 
     def _encode(
-        self, choice: DataChoice, config: DataConfig, encoder: Any, folder: Path, *, task: str, notes: list[str]
+        self,
+        choice: DataChoice,
+        config: DataConfig,
+        encoder: Any,
+        folder: Path,
+        *,
+        task: str,
+        notes: list[str],
     ) -> Measured:
         from lmlab.data.prepare import encode_to_measure, prepare
 
         if isinstance(config, ShardsData):
             prepared = prepare(config, encoder, task=task)
-            return Measured(choice.given, prepared, "val", [], [*notes, *_said(prepared.meta["report"], "val")])
+            return Measured(
+                choice.given, prepared, "val", [], [*notes, *_said(prepared.meta["report"], "val")]
+            )
         questions: list[Question] = []
 
         def keep(encoded: EncodedDocument, where: str) -> None:
@@ -202,7 +210,9 @@ def _as_trained(choice: DataChoice, usable: UsableModel, model: str) -> tuple[Da
     config = config.model_copy(update=update)
     format_name = config.format_for(choice.task or info.get("task") or "sft")
     if format_name == "triples" and "data.template" not in choice.told and not info.get("template"):
-        notes.append(f"this model was trained with no template: prompts are in '{config.template}' (data.template)")
+        notes.append(
+            f"this model was trained with no template: prompts are in '{config.template}' (data.template)"
+        )
     return config, notes
 
 
@@ -226,7 +236,9 @@ def _own_side(side: str, model: str) -> Measured:
     """
     folder = run_folder(model)
     if folder is None:
-        raise UserError(f"{model} is no run", where=f"--data {side}", fix="give a data file, or a run's directory")
+        raise UserError(
+            f"{model} is no run", where=f"--data {side}", fix="give a data file, or a run's directory"
+        )
     place = read_json(RunDir(folder).info).get("prepared")
     if not place or not (Path(place) / "meta.json").is_file():
         fix = "give the data file again: --data FILE"
@@ -258,3 +270,40 @@ def _said(report: dict[str, Any], side: str) -> list[str]:
     if report.get("records_truncated"):
         line.append(f"{report['records_truncated']:,} records cut to data.max_length")
     return line
+
+
+def texts_of(given: Sequence[str], *, limit: int | None = None) -> list[str]:
+    """The whole texts of data sets or files, prompts in their templates; at most ``limit`` of each.
+
+    Raises:
+        UserError: as `DataChoice.of`, or a bad record.
+    """
+    from itertools import islice
+
+    from lmlab.data.fields import BadRecordError
+    from lmlab.data.formats import FormatOptions, formats, template_source
+    from lmlab.data.intake import Intake
+
+    texts = []
+    for each in given:
+        config = DataChoice.of(each, settings=(), task="pretrain", side=None).config
+        if config is None:
+            raise UserError(
+                f"--data {each} is a run's own", where="--data", fix="give a file or a data set's name"
+            )
+        intake = Intake(config.on_bad_record)
+        options = FormatOptions(
+            template_source(config.template), config.columns, _plain_turns, train_all=True
+        )
+        format = formats.get(config.format_for("pretrain"))
+        for record in islice(config.records(intake, task="pretrain"), limit):
+            try:
+                texts.append("".join(segment.text for segment in format(record, options).segments))
+            except BadRecordError as error:
+                intake.bad(error.reason, where=record.where, detail=error.detail)
+    return texts
+
+
+def _plain_turns(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    turns = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+    return turns + ("assistant: " if add_generation_prompt else "")

@@ -142,6 +142,7 @@ class Session:
         from lmlab.training.console import Progress
         from lmlab.training.datamodule import LMDataModule
         from lmlab.training.layer_log import LayerLog
+        from lmlab.training.options import RunTools
 
         config = self.config
         branches = resume_from is not None and resume_from.absolute().parent != self.run.checkpoints
@@ -162,9 +163,10 @@ class Session:
         samples = self._sample_grid(
             built, prepared, meter, max_steps, pause=log.pause, resume_from=resume_from
         )
+        tools = RunTools(built.generator, log=self.log, pause=log.pause, max_steps=max_steps)
         logs = {"log": self.log, "log_layers": self.log_layers, "pause": log.pause}
         layers = LayerLog(config.trainer, max_steps=max_steps, **logs)
-        extra = [*(callback.build() for callback in config.callbacks.values()), layers]
+        extra = [*(callback.build_in(tools) for callback in config.callbacks.values()), layers]
         callbacks = fitting.loop_callbacks(log, samples, checkpoints, stop, max_steps=max_steps, extra=extra)
         trainer = fitting.build_trainer(
             config.trainer,

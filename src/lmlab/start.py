@@ -114,6 +114,8 @@ def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None
     run = RunDir(folder if folder is not None else Path(config.output_root) / config.task / name)
     run.check_free(overwrite=config.overwrite, resume=goes_on(run, config))
     config = config.model_copy(update={"run_name": name})
+    for callback in config.callbacks.values():
+        callback.check()
     tokenizer_folder, encoder, size = prepare_tokenizer(config)
     limit = _check_model(config, size)
     prepared = prepare(config.data, encoder, task=config.task)

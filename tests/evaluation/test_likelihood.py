@@ -163,9 +163,7 @@ def test_against_transformers_on_stories260k(real_data: Path, tmp_path: Path) ->
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     ids = [eos, *tokenizer(text).input_ids, eos]
-    nll, counted = of_guide(
-        AutoModelForCausalLM.from_pretrained(folder), ids, max_length=65, stride=16
-    )
+    nll, counted = of_guide(AutoModelForCausalLM.from_pretrained(folder), ids, max_length=65, stride=16)
     if ids[1] == bos:  # read, and not trained: taken out of the reference
         with torch.no_grad():
             logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids[:1]])).logits[0]

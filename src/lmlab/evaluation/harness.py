@@ -36,7 +36,7 @@ def load_suites(names: Sequence[str], *, folder: str | None) -> dict[str, Any]:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        fix = "pip install 'lmlab[harness]'"
+        fix = "pip install 'lmlab[eval]'"
         raise UserError("the lm-evaluation-harness is not installed", where="--suite", fix=fix) from error
     from pathlib import Path
 

@@ -157,7 +157,9 @@ def likelihood(
             read += batch.num_tokens
     if not scored:
         raise UserError(
-            "no token to score", where="--data", fix="give text of at least one token, or records with a response"
+            "no token to score",
+            where="--data",
+            fix="give text of at least one token, or records with a response",
         )
     return Likelihood(nll, scored, num_bytes, read, time.monotonic() - started)
 

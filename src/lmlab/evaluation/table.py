@@ -38,7 +38,13 @@ def row_names(results: Sequence[Mapping[str, Any]]) -> list[str]:
     names = []
     for result in results:
         short = os.path.basename(os.path.normpath(result["model"]))
-        names.append(result["form"] if len(models) == 1 else short if result["form"] == "as trained" else f"{short} {result['form']}")
+        names.append(
+            result["form"]
+            if len(models) == 1
+            else short
+            if result["form"] == "as trained"
+            else f"{short} {result['form']}"
+        )
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
@@ -50,12 +56,22 @@ def tables(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str], l
         made.append(_table(data, names, figures, QUALITY, differences=DIFFERENCES))
     if results[0]["suites"]:
         figures = [
-            {f"{task} {metric}": value for task, each in result["suites"].items() for metric, value in each.items()}
+            {
+                f"{task} {metric}": value
+                for task, each in result["suites"].items()
+                for metric, value in each.items()
+            }
             for result in results
         ]
         keys = list(dict.fromkeys(key for each in figures for key in each))
         # Tasks go down: there may be many of them, and few rows.
-        made.append(("tasks", ["task", *names], [[key, *(_cell(each.get(key), ".4f") for each in figures)] for key in keys]))
+        made.append(
+            (
+                "tasks",
+                ["task", *names],
+                [[key, *(_cell(each.get(key), ".4f") for each in figures)] for key in keys],
+            )
+        )
     made.append(_table("cost", names, [_costs(result) for result in results], COST))
     return made
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from lmlab.records import UserError
 from lmlab.registry import Config, callbacks, optimizers
 
 if TYPE_CHECKING:
     import torch
+
+    from lmlab.generation.text import TextGenerator
 
 
 class OptimConfig(Config):
@@ -192,14 +197,81 @@ class SamplesConfig(Config):
     seed: int
 
 
+@dataclass(frozen=True)
+class RunTools:
+    """What a callback may need of the run it is built for.
+
+    Attributes:
+        generator: continues prompts with the model in training; has it and its tokenizer.
+        log: ``(step, metrics)`` to metrics.jsonl and W&B, on rank 0.
+        pause: time spent inside does not count as training time.
+        max_steps: optimizer steps of the run.
+    """
+
+    generator: TextGenerator
+    log: Callable[[int, Mapping[str, float]], None]
+    pause: Callable[[], AbstractContextManager[None]]
+    max_steps: int
+
+
 class CallbackConfig(Config):
     """Builds one Lightning callback."""
 
     kind: str
 
+    def check(self) -> None:
+        """Called before anything of the run is made.
+
+        Raises:
+            UserError: the callback could not work.
+        """
+
     def build(self) -> Any:
         """The callback."""
         raise NotImplementedError
+
+    def build_in(self, tools: RunTools) -> Any:
+        """The callback of a run, for one that needs more of it than Lightning tells."""
+        return self.build()
+
+
+@callbacks.register
+class HarnessConfig(CallbackConfig):
+    """Tasks of the lm-evaluation-harness while training, logged as ``eval/<task>/<metric>``.
+
+    Attributes:
+        suites: names of tasks.
+        suite_path: a folder of task files of one's own.
+        every_n_steps: besides step 0 and the end; null means at every validation.
+        limit: only the first so many documents of each task.
+        batch_size: rows in one forward pass.
+    """
+
+    kind: Literal["harness"]
+    suites: list[str]
+    suite_path: str | None
+    every_n_steps: int | None = Field(ge=1)
+    limit: int | None = Field(ge=1)
+    batch_size: int = Field(ge=1)
+
+    def check(self) -> None:
+        """Load the tasks once, so that what is missing is said before the run begins."""
+        if not self.suites:
+            fix = "callbacks.harness.suites=[TASK,...]"
+            raise UserError("no task named", where="callbacks.harness.suites", fix=fix)
+        self._load()
+
+    def _load(self) -> dict[str, Any]:
+        from lmlab.evaluation.harness import load_suites
+
+        return load_suites(self.suites, folder=self.suite_path)
+
+    def build_in(self, tools: RunTools) -> Any:
+        """See `lmlab.training.harness`."""
+        from lmlab.training.harness import HarnessTasks
+
+        every = {"every_n_steps": self.every_n_steps, "limit": self.limit, "batch_size": self.batch_size}
+        return HarnessTasks(self._load(), tools, **every)
 
 
 @callbacks.register
