@@ -167,6 +167,15 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(
                 f"{value} is too small", where=f"--{name.replace('_', '-')}", fix=f"at least {least}"
             )
+    if options.out:
+        try:
+            Path(options.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot be made: {error.strerror or error}",
+                where=f"--out {options.out}",
+                fix="choose another folder",
+            ) from error
     if options.suite_path and not options.suite:
         raise UserError(
             "--suite-path without --suite", where="--suite-path", fix="name the tasks: --suite TASK"
@@ -200,22 +209,15 @@ def _write(folder: Path, results: Any, rows: list[dict[str, Any]]) -> None:
     from lmlab.evaluation.table import markdown, row_names
     from lmlab.journal import slug
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(
-            json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        (folder / "results.md").write_text(markdown(rows), encoding="utf-8")
-        for name, result in zip(row_names(rows), results, strict=True):
-            for data, texts in result.texts.items():
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
-                file = folder / f"answers-{slug(f'{name}-{Path(data).stem}')}.jsonl"
-                file.write_text(lines, encoding="utf-8")
-    except OSError as error:
-        fix = "choose another folder"
-        raise UserError(
-            f"cannot be written: {error.strerror or error}", where=f"--out {folder}", fix=fix
-        ) from error
+    (folder / "results.json").write_text(
+        json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    (folder / "results.md").write_text(markdown(rows), encoding="utf-8")
+    for name, result in zip(row_names(rows), results, strict=True):
+        for data, texts in result.texts.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
+            file = folder / f"answers-{slug(f'{name}-{Path(data).stem}')}.jsonl"
+            file.write_text(lines, encoding="utf-8")
 
 
 def _quantization_report(options: argparse.Namespace) -> None:

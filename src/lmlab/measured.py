@@ -143,7 +143,7 @@ class DataSets:
             use_chat_template(tokenizer, chat_template_source(config.chat_template))
         encoder = text_encoder(tokenizer)
         task = choice.task or usable.info.get("task") or "sft"
-        key = (encoder.key, choice.given, task, config)
+        key = (encoder.key, choice.given, task, config.model_dump_json())
         if key not in self._made:
             folder = Path(self._folder.name) / str(len(self._made))
             self._made[key] = self._encode(choice, config, encoder, folder, task=task, notes=notes)

@@ -12,9 +12,13 @@ from rich.text import Text
 
 Columns = Sequence[tuple[str, str, str]]
 """Heading, figure, format."""
+PERPLEXITY = "perplexity"
+"""Two decimals up to 1,000, three digits beyond: that of an untrained model has many, and none of them tells anything."""
+MAX_NAME = 16
+"""Characters of a row's name on the terminal."""
 QUALITY: Columns = (
     ("loss", "loss", ".4f"),
-    ("ppl", "perplexity", ".2f"),
+    ("ppl", "perplexity", PERPLEXITY),
     ("bits/byte", "bits_per_byte", ".4f"),
     ("EM", "exact_match", ".3f"),
     ("R-1", "rouge1", ".3f"),
@@ -111,7 +115,11 @@ def _difference(value: float | None, first: float | None) -> float | None:
 
 
 def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    if value is None:
+        return ""
+    if form == PERPLEXITY:
+        return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+    return format(value, form)
 
 
 def with_differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -136,24 +144,37 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _notes(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(data set, and of which rows where they differ; what is to be known)."""
+    said = []
+    for data in results[0]["notes"]:
+        of_rows: dict[str, list[str]] = {}
+        for name, result in zip(row_names(results), results, strict=True):
+            of_rows.setdefault("; ".join(result["notes"][data]), []).append(name)
+        for notes, names in of_rows.items():
+            said.append((data if len(of_rows) == 1 else f"{data}, {', '.join(names)}", notes))
+    return said
+
+
 def show(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
     """Print the notes on the data and all tables."""
-    for data, notes in results[0]["notes"].items():
-        console.print(Text(f"{data}: " + "; ".join(notes)), soft_wrap=True)
+    for about, notes in _notes(results):
+        console.print(Text(f"{about}: {notes}"), soft_wrap=True)
     for title, headings, rows in tables(results):
-        table = Table(title=Text(title), title_justify="left", pad_edge=False, box=None, padding=(0, 2, 0, 0))
+        table = Table(title=Text(title), title_justify="left", pad_edge=False, box=None, padding=(0, 1, 0, 0))
         for index, heading in enumerate(headings):
             table.add_column(Text(heading), justify="right" if index else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+        for name, *cells in rows:
+            clipped = name if len(name) <= MAX_NAME or title == "tasks" else name[: MAX_NAME - 1] + "…"
+            table.add_row(*(Text(cell) for cell in (clipped, *cells)))
         console.print(table, highlight=False)
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
     """The same for a file."""
     lines = []
-    for data, notes in results[0]["notes"].items():
-        lines += [f"- **{_escaped(data)}**: {_escaped('; '.join(notes))}"]
+    for about, notes in _notes(results):
+        lines.append(f"- **{_escaped(about)}**: {_escaped(notes)}")
     for title, headings, rows in tables(results):
         lines += ["", f"## {_escaped(title)}", ""]
         lines.append("| " + " | ".join(map(_escaped, headings)) + " |")
