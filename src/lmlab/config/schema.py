@@ -25,6 +25,7 @@ from lmlab.records import RefusedError, UserError
 from lmlab.registry import Config, suggest
 from lmlab.tokenizers import BPETokenizer, CharsTokenizer, FileTokenizer, FromModelTokenizer
 from lmlab.tracking.wandb import LoggerConfig
+from lmlab.training import suites  # noqa: F401 - registers callbacks=harness
 from lmlab.training.options import CallbackConfig, CheckpointConfig, OptimConfig, SamplesConfig, TrainerConfig
 
 
