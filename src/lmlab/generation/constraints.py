@@ -23,9 +23,6 @@ from lmlab.records import UserError
 if TYPE_CHECKING:
     from transformers import LogitsProcessor
 
-NO_TOKEN = -1
-"""Stands for padding where n-grams are looked up: none that holds it comes again."""
-
 
 class Constraints:
     """What a sampler's common fields rule out, for the rows of one batch.
@@ -97,8 +94,7 @@ class Constraints:
             first = ids.gather(1, seen.int().argmax(1, keepdim=True))
             scores = self._penalty(torch.where(seen, ids, first), scores)  # pyright: ignore[reportArgumentType]
         if self._ngrams is not None:
-            own = ids.masked_fill(~seen, NO_TOKEN).cpu()  # it reads them one by one
-            scores = self._ngrams(own, scores)  # pyright: ignore[reportArgumentType]
+            scores = self._without_repeated_ngrams(self._ngrams, ids.cpu(), seen.cpu(), scores)
         if self._banned is not None or self._grammar is not None:
             scores = scores.clone()
         if self._banned is not None:
@@ -110,6 +106,14 @@ class Constraints:
             scores[:, self._forced[self._step]] = 0.0
         self._step += 1
         return scores
+
+    @staticmethod
+    def _without_repeated_ngrams(
+        processor: LogitsProcessor, ids: torch.Tensor, seen: torch.Tensor, scores: torch.Tensor
+    ) -> torch.Tensor:
+        """Row by row, as the processor does it anyway, so that it sees no padding."""
+        lines = zip(ids, seen, scores, strict=True)
+        return torch.cat([processor(own[there][None], line[None]) for own, there, line in lines])  # pyright: ignore[reportArgumentType]
 
     def took(self, row: int, token: int) -> bool:
         """Note a row's new token (not an end mark); True if its text is complete and nothing can follow."""

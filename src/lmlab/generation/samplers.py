@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from lmlab.records import UserError
 from lmlab.registry import Config, samplers, suggest
@@ -117,7 +117,7 @@ def build_processors(
     processors = LogitsProcessorList()
     if temperature == 0:
         return processors
-    if temperature not in (None, 1):
+    if temperature is not None and temperature != 1:
         processors.append(TemperatureLogitsWarper(float(temperature)))
     if top_k is not None:
         processors.append(TopKLogitsWarper(top_k))
@@ -188,14 +188,20 @@ class SamplerConfig(Config):
     stop: list[Text] = Field(default_factory=list)
     json_schema: JsonSchema | None = None
 
-    @model_validator(mode="after")
-    def _not_contrary(self) -> SamplerConfig:
-        if self.json_schema is not None and self.no_repeat_ngram_size:
+    @field_validator("json_schema")
+    @classmethod
+    def _repeats_its_marks(cls, value: Any, others: ValidationInfo) -> Any:
+        if value is not None and others.data.get("no_repeat_ngram_size"):
             raise ValueError("JSON repeats its marks: no_repeat_ngram_size=0 with json_schema")
-        for word in self.bad_words:
-            if word in self.begins_with:
-                raise ValueError(f"begins_with holds {word!r}, which bad_words rules out")
-        return self
+        return value
+
+    @field_validator("begins_with")
+    @classmethod
+    def _holds_no_bad_word(cls, value: str, others: ValidationInfo) -> str:
+        for word in others.data.get("bad_words", ()):
+            if word in value:
+                raise ValueError(f"it holds {word!r}, which bad_words rules out")
+        return value
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -346,6 +352,9 @@ def load_sampler(values: Mapping[str, Any]) -> SamplerConfig:
         unknown = first["type"] == "extra_forbidden"
         said = first["msg"].removeprefix("Value error, ")
         fix = f"{kind} has no {name}; choose a sampler that has" if unknown else said
+        given = repr(first.get("input"))
         raise UserError(
-            f"{name}={first.get('input')!r} is not allowed", where=f"sampler {kind}", fix=fix
+            f"{name}={given if len(given) <= 80 else given[:77] + '...'} is not allowed",
+            where=f"sampler {kind}",
+            fix=fix,
         ) from error
