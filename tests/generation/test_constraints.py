@@ -37,15 +37,21 @@ PERSON: dict[str, Any] = {
     "required": ["name", "age", "tags", "height"],
     "additionalProperties": False,
 }
+SMALL: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 4}, "age": PERSON["properties"]["age"]},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
 CONSTRAINTS: dict[str, dict[str, Any]] = {
     "repetition_penalty": {"repetition_penalty": 1.5},
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
     "bad_words": {"bad_words": ["e", " th", "self"]},
     "begins_with": {"begins_with": " Yes, of"},
-    "json_schema": {"json_schema": PERSON, "max_new_tokens": 80},
+    "json_schema": {"json_schema": SMALL, "max_new_tokens": 30},
     "all": {
-        **{"repetition_penalty": 1.3, "json_schema": PERSON, "begins_with": '{"na'},
-        **{"bad_words": ["q", "zz"], "max_new_tokens": 80},
+        **{"repetition_penalty": 1.3, "json_schema": SMALL, "begins_with": '{"na'},
+        **{"bad_words": ["q", "zz"], "max_new_tokens": 30},
     },
 }
 
@@ -110,10 +116,9 @@ def test_a_row_does_not_depend_on_its_neighbours(
         monkeypatch.setattr(decode, "_can_drop", lambda cache: False)
     settings, seeds = CONSTRAINTS[name], range(len(PROMPTS))
     # A further end mark, so that rows leave at different steps; of JSON they do so anyway.
-    free = write(model, tokenizer, PROMPTS, seeds, **settings)
     eos = [tokenizer.eos_token_id]
     if "json_schema" not in settings:
-        eos.append(free[0].token_ids[9])
+        eos.append(write(model, tokenizer, PROMPTS, seeds, **settings)[0].token_ids[9])
     together = write(model, tokenizer, PROMPTS, seeds, eos=eos, **settings)
     alone = [
         write(model, tokenizer, [prompt], [seed], eos=eos, **settings)[0]
@@ -167,18 +172,19 @@ def test_a_banned_string_comes_by_no_way_of_cutting_it(which: str, tokenizer: An
     used = tokenizer if which == "byte-level" else stories
     pieces = token_bytes(used)
     banned = ["ing", " a", "é", "on", "t t"]
-    # All tokens that have to do with them are likely, so that they would come at once.
-    likely = [any(piece and (piece in w.encode() or w.encode() in piece) for w in banned) for piece in pieces]
-    logits = torch.where(torch.tensor(likely), 3.0, 0.0)
+    # Their parts are most likely, and tokens that hold them more than others, so that they would come at once.
+    part = torch.tensor([any(piece and piece in word.encode() for word in banned) for piece in pieces])
+    whole = torch.tensor([any(word.encode() in piece for word in banned) for piece in pieces])
+    logits = part * 8.0 + (whole & ~part) * 3.0
     logits[used.all_special_ids] = -torch.inf
 
     def texts(**values: Any) -> list[str]:
         rows = generate(
             FixedLogits(logits),
-            [used.encode("x", add_special_tokens=False)] * 30,
+            [used.encode("x", add_special_tokens=False)] * 60,
             sampler=load_sampler({"kind": "temperature", "temperature": 1.0, "max_new_tokens": 60, **values}),
             eos_token_ids=(),
-            seeds=range(30),
+            seeds=range(60),
             tokenizer=used,
         )
         return [b"".join(pieces[i] for i in row.token_ids).decode(errors="replace") for row in rows]

@@ -183,7 +183,9 @@ class GrowingText:
             for dropped in range(1, min(MOST_BYTES, len(ids) + 1)):
                 shorter = self._decode(ids[: len(ids) - dropped])
                 if not shorter.endswith(UNREADABLE):
-                    return shorter
+                    # The token that begins the character may hold a whole one before it (a blank, most often).
+                    rest = text.removeprefix(shorter) if text.startswith(shorter) else ""
+                    return shorter + rest.rstrip(UNREADABLE)
         return text
 
 
