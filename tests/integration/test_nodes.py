@@ -45,7 +45,7 @@ def finish(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, s
     return [(p.returncode, out, err) for p, (out, err) in zip(processes, said, strict=True)]
 
 
-def prepared(root: Path, name: str, *told: str, **environment: str) -> RunDir:
+def prepared(root: Path, name: str, *told: str, **environment: Any) -> RunDir:
     """train.py of a run of several nodes: its directory, and what to type."""
     done = command("train.py", *TOLD, *told, f"run_name={name}", f"output_root={root}", **environment)
     assert done.returncode == 0, done.stderr
