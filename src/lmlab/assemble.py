@@ -81,6 +81,8 @@ def build_for_training(
     model, base_path, fingerprint, figures = _build_base(run, config, hf_config, tokenizer, hardware, say)
     standard = str(model.config._attn_implementation)
     generation_config = getattr(model, "generation_config", None)
+    for remark in config.adapter.remarks(model):
+        say(remark)
     model = config.adapter.apply(model, seed=config.seed, **_token_rows(config, tokenizer))
     flat = wants_flat and supports_flat(hf_config)
     if flat:

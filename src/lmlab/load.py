@@ -291,7 +291,7 @@ def _adapted(
     grow_embeddings(model, rows, seed=0)  # what they hold comes from the adapter
     store_base(model, storage, hardware)
     for name, each in named.items():
-        model = put_on(model, each.path, name=name)
+        model = put_on(model, each.path, name=name, alone=len(named) == 1)
     of = {
         name: _usable(model, tokenizers[name], hardware, generation_config, each.info, about.source, storage)
         for name, each in named.items()

@@ -157,6 +157,7 @@ def _check_model(config: RunConfig, tokenizer_size: int) -> int | None:
         tokenizer, added = _loaded_tokenizer(config)
         rows = hf_config.get_text_config().vocab_size
         check_vocabulary(tokenizer, rows, where=f"model {config.model.label}", added=added)
+    config.adapter.check(hf_config, storage=config.quant.kind)
     return limit
 
 

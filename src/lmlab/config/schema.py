@@ -222,12 +222,24 @@ def _sharded(config: RunConfig) -> Iterator[UserError]:
             where="optim.name",
             fix="use optim.name=adamw or sgd",
         )
+    yield from _sharded_adapter(config)
     if config.adapter.freezes_base and getattr(config.tokenizer, "added_tokens", None):
         yield UserError(
             f"trainer.strategy=fsdp with tokenizer.added_tokens and adapter={config.adapter.kind}",
             where="tokenizer.added_tokens",
             fix="use trainer.strategy=ddp, or adapter=none",
         )
+
+
+def _sharded_adapter(config: RunConfig) -> Iterator[UserError]:
+    """PEFT's copies and DoRA's norms need whole weights."""
+    for key in ("dora", "modules_to_save"):
+        if getattr(config.adapter, key, None):
+            yield RefusedError(
+                f"trainer.strategy=fsdp with adapter.{key}",
+                where=f"adapter.{key}",
+                fix="use trainer.strategy=ddp, or leave it out",
+            )
 
 
 def _gpu_wanted(config: RunConfig) -> bool:

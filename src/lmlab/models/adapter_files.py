@@ -20,24 +20,47 @@ from lmlab.records import UserError
 
 FOREIGN = ("megatron_config",)
 """Fields of an adapter_config.json by which PEFT would import a module that the file names."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of ``init_lora_weights`` under which PEFT subtracts the first update from the base, at every loading."""
+UNKNOWN = (
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+"""Fields of adapters that need a base, a call or a layer of their own."""
 
 
 def check_adapter(path: Path) -> None:
-    """Refuse what would run code, before anything of it is read.
+    """Refuse what would run code, or would not leave the base as it is, before anything of it is read.
 
     Raises:
-        UserError: weights in a pickle file alone, a config that is none, or one that names code to import.
+        UserError: weights in a pickle file alone, a config that is none, one that names code to import, or an adapter
+            of a kind that does not lie beside an unchanged base.
     """
     config = read_json(path / "adapter_config.json")
-    foreign = [name for name in FOREIGN if config.get(name)]
-    if str(config.get("peft_type")) != "LORA" or foreign:
-        what = (
-            f"names code to import ({foreign[0]})" if foreign else f"is of type {config.get('peft_type')!r}"
-        )
+    init = str(config.get("init_lora_weights", ""))
+    what = None
+    if foreign := [name for name in FOREIGN if config.get(name)]:
+        what = f"names code to import ({foreign[0]})"
+    elif str(config.get("peft_type")) != "LORA":
+        what = f"is of type {config.get('peft_type')!r}"
+    elif init.startswith(CHANGES_BASE):
+        what = f"was made with init_lora_weights={init}, which changes the base"
+    elif config.get("bias", "none") != "none":
+        what = f"brings biases of its base (bias={config['bias']})"
+    elif unknown := [name for name in UNKNOWN if config.get(name)]:
+        what = f"uses {unknown[0]}"
+    if what is not None:
         raise UserError(
             f"the adapter {what[:100]}",
             where=str(path / "adapter_config.json"),
-            fix="LoRA adapters as lmlab or PEFT save them",
+            fix="LoRA adapters as lmlab or PEFT save them"
+            + ("; PEFT converts it with path_initial_model_for_weight_conversion" if "changes" in what else ""),
         )
     if not (path / "adapter_model.safetensors").is_file():
         raise UserError(
@@ -64,13 +87,14 @@ def check_name(name: str, model: nn.Module) -> None:
         )
 
 
-def put_on(model: Any, path: Path, *, name: str = "default") -> Any:
+def put_on(model: Any, path: Path, *, name: str = "default", alone: bool = True) -> Any:
     """The adapter of ``path`` on a base, or beside those already there; every tensor in a place, every place filled.
 
     The first one is active; a further one waits until `using_adapter` names it.
 
     Args:
         model: a transformers model, or PEFT's around one with other adapters on it.
+        alone: no other adapter will lie on this base; then the file may bring whole embeddings, which replace it.
 
     Returns:
         PEFT's model, in eval mode and frozen.
@@ -78,7 +102,7 @@ def put_on(model: Any, path: Path, *, name: str = "default") -> Any:
     Raises:
         UserError: a damaged file, tensors that are not those of this base, or a name that is taken or impossible.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     from lmlab.models.lora import use_fused_lora
@@ -86,13 +110,9 @@ def put_on(model: Any, path: Path, *, name: str = "default") -> Any:
 
     check_name(name, model)
     try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(path), name, torch_device=str(model.device))
-            adapted = model
-        else:
-            adapted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
         with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
             given = set(file.keys())
+        adapted = _load(model, path, name)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
@@ -105,8 +125,34 @@ def put_on(model: Any, path: Path, *, name: str = "default") -> Any:
             where=str(path),
             fix="use one made for this base",
         )
+    if not alone and (foreign := sorted(given - wanted)):
+        raise UserError(
+            f"the adapter brings a tensor of its base, which others would see ({foreign[0]})",
+            where=str(path),
+            fix="load it alone, or save it with save_embedding_layers=False",
+        )
     use_token_rows(adapted)
     use_fused_lora(adapted)
+    return adapted
+
+
+def _load(model: Any, path: Path, name: str) -> Any:
+    """PEFT's own loading, with modules trained whole in fp32."""
+    from peft import PeftModel, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from lmlab.models.lora import reading_any_storage
+    from lmlab.models.whole import train_in_fp32
+
+    with reading_any_storage():
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(path), name, torch_device=str(model.device))
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, str(path), adapter_name=name)
+    if train_in_fp32(adapted):  # what was rounded is read once more
+        set_peft_model_state_dict(adapted, load_file(path / "adapter_model.safetensors"), adapter_name=name)
+        adapted.requires_grad_(False)
     return adapted
 
 

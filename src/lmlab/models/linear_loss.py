@@ -16,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from lmlab.models.quantize import StoredLinear
+from lmlab.models.whole import TrainedLinear
 
 CHUNK_BYTES = {"cpu": 30 << 20, "cuda": 256 << 20}
 """Of a chunk's fp32 logits: large enough for nearly full-speed products (50,257 columns: 256 to 270 GFLOP/s forward for
