@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmlab.config.compose import CONF
-from lmlab.generation.samplers import load_sampler
+from lmlab.config.named import named_sampler
 from lmlab.load import UsableModel, combine_and_save, load_for_use
 from lmlab.models.build import ASSETS, base_fingerprint
 from lmlab.models.quantize import Unquantized, quants
@@ -23,9 +21,7 @@ from lmlab.records import UserError
 
 BASE = ASSETS / "tiny-base"
 PROMPTS = ["os.path.join returns", "A list"]
-GREEDY = load_sampler(
-    {**yaml.safe_load((CONF / "sampler" / "greedy.yaml").read_text(encoding="utf-8")), "max_new_tokens": 8}
-)
+GREEDY = named_sampler("greedy", {"max_new_tokens": 8})
 
 
 def write_adapter(folder: Path, *, seed: int, info: dict[str, Any] | None = None, **config: Any) -> str:

@@ -21,7 +21,12 @@ IDS = torch.tensor([[1, 5, 9, 30, 31, 2]])
 
 
 def base(model_type: str = "llama", **changes: Any) -> Any:
-    shape: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     shape |= {"intermediate_size": 48, "max_position_embeddings": 64, "tie_word_embeddings": False, **changes}
     if model_type == "gpt2":
         shape = {"vocab_size": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -34,7 +39,12 @@ def adapted(*configs: dict[str, Any], model: Any = None) -> Any:
     """PEFT's model with adapters a, b, c ... of these settings, all of their weights drawn."""
     found: Any = None
     for name, changes in zip("abcd", configs, strict=False):
-        values: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        values: dict[str, Any] = {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+        }
         config = LoraConfig(**(values | changes))
         if found is None:
             found = get_peft_model(model if model is not None else base(), config, adapter_name=name)
@@ -79,7 +89,9 @@ def test_side_by_side_is_the_exact_sum_of_whatever_there_is() -> None:
         there = [name for name in WEIGHTS if name in layer.r]
         assert ("c" in there) == (path == "layers.1.mlp.up_proj")
         exact = sum(WEIGHTS[name] * update(layer, name, scale=(scales | own)[name]) for name in there)
-        found = layer.scaling["sum"] * layer.lora_B["sum"].weight.double() @ layer.lora_A["sum"].weight.double()
+        found = (
+            layer.scaling["sum"] * layer.lora_B["sum"].weight.double() @ layer.lora_A["sum"].weight.double()
+        )
         assert (found - exact).norm() / exact.norm() < ROUNDING
     assert model.active_adapters == ["a"]
 
@@ -112,7 +124,9 @@ def test_it_computes_what_it_says_and_leaves_the_others_alone() -> None:
     for path, target in by_hand.named_modules():
         if isinstance(target, torch.nn.Linear) and path != "lm_head":
             layer = model.get_base_model().get_submodule(path)
-            target.weight.data += (update(layer, "a", scale=1.5) + update(layer, "b", scale=6 / 6**0.5)).float()
+            target.weight.data += (
+                update(layer, "a", scale=1.5) + update(layer, "b", scale=6 / 6**0.5)
+            ).float()
     with torch.no_grad():
         expected = by_hand(IDS).logits
     assert (logits(model, "both") - expected).abs().max() / expected.abs().max() < 1e-5
@@ -157,7 +171,12 @@ def test_rows_follow_the_adapter_in_force() -> None:
     embed = model.get_base_model().model.embed_tokens
     plain = base().model.embed_tokens
     with torch.no_grad():
-        for name, own in (("b", {5: delta["b"][0]}), ("a", {30: delta["a"][0], 31: delta["a"][1]}), ("c", {}), (None, {})):
+        for name, own in (
+            ("b", {5: delta["b"][0]}),
+            ("a", {30: delta["a"][0], 31: delta["a"][1]}),
+            ("c", {}),
+            (None, {}),
+        ):
             with using_adapter(model, name):
                 found = embed(IDS)[0]
             for position, token in enumerate(IDS[0].tolist()):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lmlab.models.adapters import AdapterConfig, Lora, NoAdapter
+from lmlab.models.adapters import AdapterConfig, Lora, NoAdapter, count_parameters
 from lmlab.models.build import Scratch
 from lmlab.models.footprint import Footprint
 from lmlab.models.head import CrossEntropy
@@ -108,6 +108,20 @@ def test_an_adapter_has_gradients_and_moments_for_its_own_parameters_only() -> N
     trained = 4 * 3 * sum(RANK * (a + b) for a, b in shapes)
     phase = planned().phases["optimizer"]
     assert (phase["adapter"], phase["gradients"]) == (trained, trained)
+
+
+@pytest.mark.parametrize("name", QUANTS)
+def test_dora_and_modules_trained_whole_are_in_the_plan(name: str) -> None:
+    settings = {"dora": True, "modules_to_save": ["lm_head"], "layers": [0, -1]}
+    adapter = Lora.model_validate({**LORA.model_dump(), **settings})
+    model = AutoModelForCausalLM.from_config(llama(9))
+    QUANTS[name].apply(model, compute_dtype=torch.float32)
+    trained = count_parameters(adapter.apply(model, seed=0))[1]
+    found = planned(9, adapter=adapter, quant=QUANTS[name], whole=False)
+    assert found.layers == (9, 9)  # its layers are not alike: none stands for another
+    phase = found.phases["optimizer"]
+    assert phase["gradients"] == 4 * trained
+    assert 4 * trained <= phase["adapter"] <= 4 * trained + 64
 
 
 def test_activations_grow_with_the_batch_and_shrink_under_checkpointing() -> None:

@@ -32,7 +32,12 @@ def lora(**changes: Any) -> Lora:
 
 
 def pefts(base: Any, **changes: Any) -> Any:
-    values: dict[str, Any] = {"r": 4, "lora_alpha": 6.0, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    values: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 6.0,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
     torch.manual_seed(0)
     return get_peft_model(base, LoraConfig(**(values | changes)))
 
@@ -70,7 +75,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"target_modules": r".*\.1\.mlp\.(up|down)_proj"},
         {"target_modules": r".*\.1\.mlp\.(up|down)_proj"},
     ),
-    "embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "embedding": (
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+    ),
     "head": ({"target_modules": ["lm_head", "q_proj"]}, {"target_modules": ["lm_head", "q_proj"]}),
     "exclude": ({"exclude_modules": ["down_proj"]}, {"exclude_modules": ["down_proj"]}),
     "exclude by expression": ({"exclude_modules": r".*\.0\..*"}, {"exclude_modules": r".*\.0\..*"}),
@@ -151,7 +159,9 @@ def test_against_dora_by_hand(storage: dict[str, Any], model_type: str) -> None:
         assert relative(found.double(), by_hand) < 10 * RELATIVE
 
 
-@pytest.mark.parametrize("settings", [{"dora": True}, {"modules_to_save": ["lm_head", "embed_tokens"]}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"dora": True}, {"modules_to_save": ["lm_head", "embed_tokens"]}], ids=str
+)
 @pytest.mark.parametrize("storage", ALL, ids=label)
 def test_at_init_it_is_the_base(storage: dict[str, Any], settings: dict[str, Any]) -> None:
     base = quantized(random_model("llama"), storage).eval()
@@ -166,7 +176,9 @@ def test_at_init_it_is_the_base(storage: dict[str, Any], settings: dict[str, Any
 
 @pytest.mark.parametrize("settings", [{"dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
 @pytest.mark.parametrize("storage", [NONE, BF16, INT8, NF4], ids=label)
-def test_packed_rows_and_checkpointing_change_nothing(storage: dict[str, Any], settings: dict[str, Any]) -> None:
+def test_packed_rows_and_checkpointing_change_nothing(
+    storage: dict[str, Any], settings: dict[str, Any]
+) -> None:
     found = []
     for packed in (False, True):
         base = random_model("llama")
@@ -264,7 +276,10 @@ def test_the_head_trained_over_a_base_wholly_in_bf16() -> None:
         ({"layers": [-3]}, ["adapter.layers has -3"]),
         ({"layers": [0], "target_modules": ["lm_head"]}, ["lm_head matches no layer"]),
         ({"modules_to_save": ["norms"]}, ["modules_to_save=norms matches no module"]),
-        ({"modules_to_save": ["head"]}, ["modules_to_save=head matches no module"]),  # the end of a name is none
+        (
+            {"modules_to_save": ["head"]},
+            ["modules_to_save=head matches no module"],
+        ),  # the end of a name is none
     ],
     ids=str,
 )

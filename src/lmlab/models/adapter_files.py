@@ -60,7 +60,11 @@ def check_adapter(path: Path) -> None:
             f"the adapter {what[:100]}",
             where=str(path / "adapter_config.json"),
             fix="LoRA adapters as lmlab or PEFT save them"
-            + ("; PEFT converts it with path_initial_model_for_weight_conversion" if "changes" in what else ""),
+            + (
+                "; PEFT converts it with path_initial_model_for_weight_conversion"
+                if "changes" in what
+                else ""
+            ),
         )
     if not (path / "adapter_model.safetensors").is_file():
         raise UserError(

@@ -8,6 +8,7 @@ base with an 8-bit paged optimizer (arXiv 2305.14314). rsLoRA (2312.03732) and D
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,11 @@ class AdapterConfig(Config):
     @property
     def freezes_base(self) -> bool:
         """Whether the base stays as it is (then it may be stored in few bits)."""
+        return True
+
+    @property
+    def same_in_all_layers(self) -> bool:
+        """Whether every decoder layer is adapted alike, so that a few tell what all take."""
         return True
 
     def check(self, hf_config: PretrainedConfig, *, storage: str) -> None:
@@ -100,6 +106,11 @@ class Lora(AdapterConfig):
     modules_to_save: list[str] = Field(default=[])
     init: Literal["default", "gaussian"] = "default"
 
+    @property
+    def same_in_all_layers(self) -> bool:
+        named = f"{self.target_modules} {self.exclude_modules} {self.modules_to_save}"
+        return self.layers is None and re.search(r"\d", named) is None
+
     def check(self, hf_config: PretrainedConfig, *, storage: str) -> None:
         if self.target_modules == ALL_LINEAR and not (
             self.exclude_modules or self.layers is not None or self.modules_to_save
@@ -113,7 +124,9 @@ class Lora(AdapterConfig):
         _, whole, tied = self._places(model)
         if not tied:
             return []
-        return [f"adapter.modules_to_save: {' and '.join(whole)} are one matrix in this model; it is trained and stays one"]
+        return [
+            f"adapter.modules_to_save: {' and '.join(whole)} are one matrix in this model; it is trained and stays one"
+        ]
 
     def apply(self, model: PreTrainedModel, *, seed: int, token_rows: Sequence[int] = ()) -> Any:
         """Freeze the base and put adapters on it; A is drawn from ``seed``, B is zero, both in fp32.
@@ -133,7 +146,9 @@ class Lora(AdapterConfig):
 
         targets, whole, tied = self._places(model)
         rows = token_row_targets(model, token_rows) if token_rows else {}
-        rows = {path: ids for path, ids in rows.items() if path not in whole}  # whole: these rows with all others
+        rows = {
+            path: ids for path, ids in rows.items() if path not in whole
+        }  # whole: these rows with all others
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides it, any number does
@@ -170,7 +185,10 @@ class Lora(AdapterConfig):
         pair = tied_paths(model)
         if not set(pair) & set(whole):
             return targets, whole, False
-        if not {path.rsplit(".", 1)[-1] for path in pair} & {"embed_tokens", "lm_head"}:  # all names that PEFT knows
+        if not {path.rsplit(".", 1)[-1] for path in pair} & {
+            "embed_tokens",
+            "lm_head",
+        }:  # all names that PEFT knows
             raise UserError(
                 f"modules_to_save={self.modules_to_save[0]}: {' and '.join(pair)} are one matrix, which PEFT would split",
                 where="adapter.modules_to_save",

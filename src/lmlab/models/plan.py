@@ -148,7 +148,8 @@ def plan(run: PlannedRun, *, whole: bool = False) -> MemoryPlan:
         Exception: whatever the model's own code raises without values, as where tokens are routed by value.
     """
     layers = _num_layers(run.hf_config)
-    if whole or layers is None or layers <= WHOLE_UP_TO or not _alike(run.hf_config):
+    alike = _alike(run.hf_config) and run.adapter.same_in_all_layers
+    if whole or layers is None or layers <= WHOLE_UP_TO or not alike:
         return _collect(run, *_measure(run, run.hf_config), layers=(layers or 0, layers or 0))
     short, longer = (_measure(run, _with_layers(run.hf_config, n)) for n in (3, 4))
     peaks, heap = (_extended(low, high, layers - 3) for low, high in zip(short, longer, strict=True))

@@ -54,7 +54,8 @@ def target_paths(
             _matching(found, wanted, "target_modules", linear)
     if not found:
         raise UserError(
-            f"target_modules={_told(wanted)} matches no layer" + (" that is left" if exclude or layers else ""),
+            f"target_modules={_told(wanted)} matches no layer"
+            + (" that is left" if exclude or layers else ""),
             where="adapter.target_modules",
             fix=f"use all-linear or names of its linear layers: {_names(linear)}",
         )
