@@ -66,7 +66,7 @@ class UsableModel:
         from lmlab.models.adapter_files import using_adapter
 
         with using_adapter(self.model, adapter):
-            yield self if adapter is None else self._of[adapter]
+            yield self if adapter is None else self._of.get(adapter, self)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lmlab.models.adapter_files import using_adapter
 from lmlab.models.adapters import Lora
 from lmlab.models.combine import combine_adapters
 from lmlab.models.lora import use_fused_lora
+from lmlab.models.quantize import quants
 from lmlab.models.vocabulary import use_token_rows
 from lmlab.records import UserError
 
@@ -130,7 +131,20 @@ def test_it_computes_what_it_says_and_leaves_the_others_alone() -> None:
     with torch.no_grad():
         expected = by_hand(IDS).logits
     assert (logits(model, "both") - expected).abs().max() / expected.abs().max() < 1e-5
-    assert model.peft_config["b"].use_rslora and not model.peft_config["both"].use_rslora
+    assert model.peft_config["b"].use_rslora
+    assert not model.peft_config["both"].use_rslora
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "nf4"])
+def test_it_is_as_exact_over_a_stored_base(kind: str) -> None:
+    values = {"kind": kind, **({"double_quant": True} if kind == "nf4" else {})}
+    quant: Any = quants.class_of(kind).model_validate(values)
+    stored = base()
+    quant.apply(stored, compute_dtype=torch.float32)
+    model = adapted(*DIFFERENT[:2], model=stored)
+    assert combine_adapters(model, {"a": 0.3, "b": 1.7}, name="sum").relative_error < ROUNDING
+    assert model.get_base_model().model.layers[0].mlp.up_proj.lora_A["sum"].weight.dtype == torch.float32
+    assert logits(model, "sum").isfinite().all()
 
 
 def test_embeddings_have_updates_too() -> None:
@@ -153,11 +167,9 @@ def test_rows_of_added_tokens_are_meant_by_weight(tied: bool) -> None:
         delta = model.get_base_model().get_submodule(path).token_adapter.trainable_tokens_delta
         assert torch.equal(delta["sum"][0], delta["a"][0])
         assert torch.allclose(delta["sum"][1], 0.25 * delta["a"][1] + 0.75 * delta["b"][0])
-    weights = {"sum": 1.0, "a": 0.0}
     assert not torch.equal(logits(model, "sum"), logits(model, "a"))
     with pytest.raises(UserError, match="add up to 0"):
         combine_adapters(model, {"a": 1.0, "b": -1.0}, name="none")
-    assert weights
 
 
 def test_rows_follow_the_adapter_in_force() -> None:

@@ -285,12 +285,9 @@ def test_the_head_trained_over_a_base_wholly_in_bf16() -> None:
 )
 @pytest.mark.parametrize("by_config", [True, False], ids=["before loading", "on the model"])
 def test_names_that_mean_nothing(settings: dict[str, Any], says: list[str], by_config: bool) -> None:
-    model = random_model("llama")
+    model, adapter = random_model("llama"), lora(**settings)
     with pytest.raises(UserError) as caught:
-        if by_config:
-            lora(**settings).check(model.config, storage="none")
-        else:
-            lora(**settings).apply(model, seed=0)
+        adapter.check(model.config, storage="none") if by_config else adapter.apply(model, seed=0)
     line = str(caught.value)
     assert "\n" not in line
     assert all(part in line for part in says), line

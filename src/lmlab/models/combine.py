@@ -113,6 +113,14 @@ def _refuse(model: Any, weights: Mapping[str, float], name: str, method: str, ra
                 f"rank {rank} for {path}, whose weight has rank {most} at most", f"use rank {most} or less"
             )
 
+    for _, layer in _row_layers(model):
+        for row in {row for each in weights for row in layer.token_indices.get(each, ())}:
+            if abs(_row_weight(layer, weights, row)) < 1e-6:
+                raise stop(
+                    f"the weights of the adapters that train token {row} add up to 0",
+                    "give weights with another sum",
+                )
+
 
 def _lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
@@ -120,6 +128,11 @@ def _lora_layers(model: Any) -> Iterator[tuple[str, Any]]:
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             yield path, module
+
+
+def _row_weight(layer: Any, weights: Mapping[str, float], row: int) -> float:
+    """Sum of the weights of the adapters that train this row."""
+    return sum(weight for each, weight in weights.items() if row in layer.token_indices.get(each, ()))
 
 
 @contextmanager
@@ -148,9 +161,20 @@ def _as_templates(model: Any, names: Mapping[str, float]) -> Iterator[None]:
             lora_dropout=0.0,
             trainable_token_indices={path: sorted(ids) for path, ids in rows.items()} or None,
         )
+    tuner = model.base_model
+    inject = tuner.inject_adapter
+
+    def inject_in_fp32(base: Any, name: str) -> None:
+        inject(base, name)
+        tuner._cast_adapter_dtype(
+            adapter_name=name
+        )  # else it takes a 16-bit base's type, and the sum is rounded
+
+    tuner.inject_adapter = inject_in_fp32
     try:
         yield
     finally:
+        del tuner.inject_adapter
         model.peft_config.update(own)
 
 
@@ -173,13 +197,7 @@ def _mean_rows(model: Any, weights: Mapping[str, float], name: str) -> None:
                 for each in weights
                 if row in layer.token_indices.get(each, ())
             }
-            total = sum(weights[each] for each in own)
-            if abs(total) < 1e-6:
-                raise UserError(
-                    f"the weights of the adapters that train token {row} add up to 0",
-                    where="adapters",
-                    fix="give weights with another sum",
-                )
+            total = _row_weight(layer, weights, row)
             values[position] = sum(weights[each] / total * vector.double() for each, vector in own.items())
 
 

@@ -101,7 +101,7 @@ def _matrix(head: nn.Module | Any) -> nn.Linear | None:
         if head.disable_adapters or len(head.active_adapters) != 1:
             return None
         head = head.modules_to_save[head.active_adapters[0]]
-    plain = type(head) in (nn.Linear, StoredLinear)
+    plain = type(head) in (nn.Linear, StoredLinear, TrainedLinear)
     return head if plain and not head._forward_hooks and not head._forward_pre_hooks else None  # type: ignore[return-value]
 
 

@@ -21,8 +21,8 @@ import torch
 from peft.tuners.lora import LoraLayer, dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
-from torch.nn import functional as F
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lmlab.models.fused import mixed_class
 from lmlab.models.quantize import dense_weight, is_dense
