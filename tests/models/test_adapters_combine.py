@@ -109,7 +109,7 @@ def test_svd_is_exact_from_the_sums_own_rank_on(model_type: str) -> None:
 
 def test_linear_is_the_sum_for_one_adapter_only() -> None:
     model = adapted({}, {"use_rslora": True})
-    assert combine_adapters(model, {"b": -0.5}, name="half", method="linear").relative_error < ROUNDING
+    assert combine_adapters(model, {"b": -0.5}, name="scaled", method="linear").relative_error < ROUNDING
     rough = combine_adapters(model, {"a": 0.5, "b": 0.5}, name="sum", method="linear")
     assert rough.rank == 4
     assert 0.1 < rough.relative_error < 2  # products of different adapters' parts come in
