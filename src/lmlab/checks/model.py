@@ -68,9 +68,9 @@ def _step(bench: Bench, batch_size: int, accumulate: int) -> tuple[dict[str, tor
     built.model.zero_grad(set_to_none=True)
     trainer = build_trainer(options, hardware, max_steps=1, callbacks=[], root=bench.folder, world_size=1)
     trainer.limit_val_batches = 0
+    module.cpu = lambda: module  # Lightning takes a model off its GPU at the end; this one is needed there
     trainer.fit(module, LMDataModule(bench.prepared, options, seed=config.seed, flat=built.flat))
     gradient = bench.taken_gradients()
-    built.model.to(hardware.device)  # Lightning takes a model off its GPU at the end
     with torch.no_grad():
         for parameter, old in zip(trained, before, strict=True):
             parameter.copy_(old)
@@ -123,7 +123,7 @@ def _leak(bench: Bench, documents: Sequence[Example]) -> Iterator[Part]:
     from lmlab.records import Example
 
     model, middle = bench.built.model, len(documents) // 2
-    vocab = base_model(model).get_input_embeddings().weight.shape[0]
+    vocab = base_model(model).config.get_text_config().vocab_size
     old = documents[middle]
     other = Example(
         (old.input_ids + 1 + torch.arange(len(old.input_ids)) % 7) % vocab, old.labels, old.lengths

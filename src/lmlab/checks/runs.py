@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lmlab.checks.bench import ALONE, Bench, changed
 from lmlab.checks.compare import Difference, differences, metric_agreement
 from lmlab.checks.table import Part, SkippedError, check
-from lmlab.config.schema import RunConfig
+from lmlab.config.schema import RunConfig, mixed_precision_instead
 from lmlab.journal import RunDir, write_json
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ def ddp(bench: Bench) -> Iterator[Part]:
         "samples.prompts": 0,
         "metrics": {},
         "optim": SGD,
+        # Mixed 16-bit training of the base on a GPU is fp32 here.
+        **({"quant": {"kind": "none"}} if mixed_precision_instead(config) else {}),
     }
     without = {"without_dropout": {"kind": "without_dropout"}}
     # Validation rows are dealt to ranks one by one: the first 2 batches of each are the first 4 of one process.
