@@ -24,7 +24,7 @@ def average_of_averages(modules: Any, put: Put) -> None:
 
 
 def leak(attention: Any, put: Put) -> None:
-    """In rows longer than those of the probe the last two documents see each other."""
+    """In rows longer than those of the probe the last three documents see one another."""
     right = attention.Documents.__init__
 
     def init(self: Any, cu_seqlens: Any, *device: Any) -> None:

@@ -187,7 +187,6 @@ def test_unknown_names_and_order() -> None:
         (["paking", *SMALL], "did you mean 'packing'?"),
         (["outputs/none", "data=skills"], "give one run"),
         (["cache", "--at", "4"], "begin after step 0"),
-        (["cache", "data=skilz"], "skills"),
     ],
 )
 def test_a_user_error_is_one_line(arguments: list[str], said: str) -> None:
