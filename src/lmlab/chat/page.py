@@ -173,7 +173,8 @@ class _Page:
                     self._conversation()
                 with gr.Column(scale=2, min_width=380):
                     self._settings(seed, system, adapter)
-            self._bind(page)
+            self._bind_answers()
+            self._bind_settings(page)
         return page
 
     def _conversation(self) -> None:
@@ -236,20 +237,12 @@ class _Page:
             elem_id="system",
         )
 
-    def _bind(self, page: Any) -> None:
+    def _bind_answers(self) -> None:
         import gradio as gr
 
         asked = [self.turns, self.adapter, self.sampler, self.seed, self.system, *self.sliders]
-        shown = [
-            self.turns,
-            self.chat,
-            self.message,
-            self.status,
-            self.seed,
-            self.send,
-            self.stop,
-            self.again,
-        ]
+        buttons = [self.send, self.stop, self.again, self.clear]
+        shown = [self.turns, self.chat, self.message, self.status, self.seed, *buttons]
         # One model: one answer at a time.
         busy: dict[str, Any] = {
             "concurrency_limit": 1,
@@ -257,7 +250,6 @@ class _Page:
             "show_progress": "hidden",
             "api_visibility": "private",
         }
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
         def send(request: gr.Request, message: str, turns: list[Any], *rest: Any) -> Iterator[dict[Any, Any]]:
             if message.strip():
@@ -279,6 +271,12 @@ class _Page:
         gr.on([self.send.click, self.message.submit], send, sent, shown, **busy)
         self.again.click(again, asked, shown, **busy)
 
+    def _bind_settings(self, page: Any) -> None:
+        """What happens at once, whatever is being written."""
+        import gradio as gr
+
+        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
         def stop(request: gr.Request) -> None:
             if (event := self._stops.get(str(request.session_hash))) is not None:
                 event.set()
@@ -286,25 +284,18 @@ class _Page:
         stop.__annotations__["request"] = gr.Request
         self.stop.click(stop, None, None, **quick)
         page.unload(stop)
-        gr.on(  # the second is the button that Gradio puts on the conversation
-            [self.clear.click, self.chat.clear],
-            lambda: ([], [], "", ""),
-            None,
-            [self.turns, self.chat, self.message, self.status],
-            **quick,
-        )
-        self.sampler.change(
-            lambda kind: [gr.update(**look) for look in self._looks(kind)],
-            self.sampler,
-            self.sliders,
-            **quick,
-        )
-        self.adapter.change(
-            lambda name: (self._about(name), gr.update(visible=self.dialogue.memory(name) == "chat")),
-            self.adapter,
-            [self.about, self.system],
-            **quick,
-        )
+        emptied = [self.turns, self.chat, self.message, self.status]
+        # The second is the button that Gradio puts on the conversation.
+        gr.on([self.clear.click, self.chat.clear], lambda: ([], [], "", ""), None, emptied, **quick)
+
+        def sliders(kind: str) -> list[Any]:
+            return [gr.update(**look) for look in self._looks(kind)]
+
+        def told(adapter: str) -> tuple[str, Any]:
+            return self._about(adapter), gr.update(visible=self.dialogue.memory(adapter) == "chat")
+
+        self.sampler.change(sliders, self.sampler, self.sliders, **quick)
+        self.adapter.change(told, self.adapter, [self.about, self.system], **quick)
 
     # --- what is shown ------------------------------------------------------------------------------------------------
 
@@ -353,10 +344,13 @@ class _Page:
 
         adapter, kind, seed, system, *moved = settings
         stop = self._stops[str(request.session_hash)] = threading.Event()
-        running = {self.send: gr.update(interactive=False), self.again: gr.update(interactive=False),
-                   self.stop: gr.update(interactive=True)}  # fmt: skip
-        idle = {self.send: gr.update(interactive=True), self.again: gr.update(interactive=True),
-                self.stop: gr.update(interactive=False)}  # fmt: skip
+        running, idle = (
+            {
+                **{button: gr.update(interactive=not busy) for button in (self.send, self.again, self.clear)},
+                self.stop: gr.update(interactive=busy),
+            }
+            for busy in (True, False)
+        )
         yield {**running, self.chat: _drawn(asked), self.message: "", self.status: "writing ..."}
         text, drawn_at = "", 0.0
         try:
@@ -378,8 +372,10 @@ class _Page:
                 if time.monotonic() - drawn_at > SHOW_EVERY:
                     drawn_at = time.monotonic()
                     yield {self.chat: _drawn([*asked, {"role": "assistant", "content": text}])}
-        except (UserError, RunFailedError, TypeError) as error:
-            yield {**idle, self.chat: _drawn(before), self.message: message, self.status: f"error: {error}"}
+        except Exception as error:  # also what nobody foresaw: the page must not be left with its buttons off
+            known = isinstance(error, UserError | RunFailedError)
+            told = str(error) if known else f"{type(error).__name__}: {error}"
+            yield {**idle, self.chat: _drawn(before), self.message: message, self.status: f"error: {told}"}
 
 
 def _drawn(turns: list[Any]) -> list[dict[str, str]]:
