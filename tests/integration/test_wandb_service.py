@@ -246,6 +246,15 @@ def test_the_service_process_killed_midway_costs_one_line(tmp_path: Path) -> Non
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
+def test_a_parents_service_process_is_left_to_the_parent(tmp_path: Path) -> None:
+    """As in a notebook that uses W&B and starts train.py; here that service is gone already."""
+    inherited = {"WANDB_SERVICE": f"3-1-unix-{tmp_path / 'gone'}"}
+    run, done = train(tmp_path, "child", "logger.mode=offline", environment=inherited)
+    assert done.returncode == 0, done.stderr
+    assert history(folder_of(run)) == metrics(run)
+
+
 MOUNT = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT, "sh")
 

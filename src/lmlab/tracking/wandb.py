@@ -141,6 +141,8 @@ class WandbTracker:
         # The library writes its own folders below the run, and its console lines are replaced by ours.
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_DATA_DIR", str(self.run_dir / "wandb"))
+        # The service process of a parent that uses W&B itself ends with that parent, and is not ours to end.
+        os.environ.pop("WANDB_SERVICE", None)
         import wandb
 
         config = self._config
