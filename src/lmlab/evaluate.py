@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lmlab.measured import DataChoice, DataSets, Measured
+from lmlab.measured import DataChoice, DataSets, Measured, own_side
+from lmlab.records import UserError
 from lmlab.variants import Variant
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def evaluate(
     Raises:
         UserError: what cannot be loaded, read or measured.
     """
+    _check_own_sides(variants, asked)
     _import_ahead(variants)
     data = DataSets(asked.limit)
     try:
@@ -115,6 +117,21 @@ def chosen_sampler(
     return load_sampler({**own, **dict(settings)})
 
 
+def _check_own_sides(variants: Sequence[Variant], asked: Asked) -> None:
+    """Before anything is loaded: every model that is asked for its own held-out records has them."""
+    for choice in asked.data:
+        if choice.config is not None:
+            continue
+        if asked.limit is not None:
+            raise UserError(
+                f"--limit with --data {choice.given}: a run's own side is measured whole",
+                where="--limit",
+                fix="leave it out, or name the data set or the file",
+            )
+        for variant in variants:
+            own_side(choice.given, variant.model)
+
+
 def _import_ahead(variants: Sequence[Variant]) -> None:
     """What all forms need, so that on a CPU no form's memory has the libraries of all others in it."""
     import peft  # noqa: F401
@@ -123,6 +140,10 @@ def _import_ahead(variants: Sequence[Variant]) -> None:
 
     if any(variant.quant not in (None, "none", "fp16", "bf16") for variant in variants):
         import bitsandbytes  # noqa: F401
+    if any(variant.quant == "int4" for variant in variants):
+        from lmlab.models.int4 import require_torchao
+
+        require_torchao()
 
 
 def _one(variant: Variant, asked: Asked, data: DataSets, say: Callable[[str], None]) -> Result:

@@ -18,14 +18,18 @@ import yaml
 
 from lmlab.config.compose import CONF, to_run_config
 from lmlab.config.errors import hydra_error
+from lmlab.data.chat import chat_document
 from lmlab.data.config import DataConfig
 from lmlab.data.encoding import EncodedDocument
+from lmlab.data.fields import BadRecordError, text_field
 from lmlab.data.files import TEXT_SUFFIXES, data_suffix, find_files
+from lmlab.data.formats import FormatOptions, formats, template_source
+from lmlab.data.intake import Intake
 from lmlab.data.prepared import PreparedData
 from lmlab.data.sources import ShardsData
 from lmlab.evaluation.answers import Question
 from lmlab.journal import RunDir, read_json
-from lmlab.records import UserError
+from lmlab.records import Document, Record, UserError
 from lmlab.variants import run_folder
 
 if TYPE_CHECKING:
@@ -97,7 +101,9 @@ class DataChoice:
         files = find_files(given)
         kind = "text" if all(data_suffix(file) in TEXT_SUFFIXES for file in files) else "jsonl"
         config = _compose(kind, ["data.path=x", *settings]).model_copy(update={"path": given})
-        return cls(given, config, told, task or "sft", side or "all")
+        task = task or "sft"
+        next(config.records(Intake(config.on_bad_record), task=task), None)  # an empty or broken file: now
+        return cls(given, config, told, task, side or "all")
 
 
 def _compose(kind: str, settings: Sequence[str]) -> DataConfig:
@@ -132,7 +138,7 @@ class DataSets:
             model: as given on the command line; where it is a run, its settings count.
         """
         if choice.config is None:
-            return _own_side(choice.given, model)
+            return own_side(choice.given, model)
         from lmlab.data.chat_templates import chat_template_source, use_chat_template
         from lmlab.start import text_encoder
 
@@ -209,11 +215,41 @@ def _as_trained(choice: DataChoice, usable: UsableModel, model: str) -> tuple[Da
         update["chat_template"] = info.get("chat_template")
     config = config.model_copy(update=update)
     format_name = config.format_for(choice.task or info.get("task") or "sft")
+    if format_name in IN_CHAT and info.get("format") == "messages" and "data.format" not in choice.told:
+        notes.append(f"{format_name} are asked as conversations, which this model was trained on")
+        return config.model_copy(update={"format": IN_CHAT[format_name]}), notes
     if format_name == "triples" and "data.template" not in choice.told and not info.get("template"):
         notes.append(
             f"this model was trained with no template: prompts are in '{config.template}' (data.template)"
         )
     return config, notes
+
+
+IN_CHAT = {"triples": "triples_in_chat", "completion": "completion_in_chat"}
+"""Formats whose records are put to a model of conversations as one turn each."""
+
+
+@formats.register("triples_in_chat")
+def triples_in_chat(record: Record, options: FormatOptions) -> Document:
+    """instruction and input as the user's turn, output as the assistant's."""
+    instruction, output = (text_field(record, name, options.columns) for name in ("instruction", "output"))
+    given = text_field(record, "input", options.columns, required=False)
+    return _one_turn(f"{instruction}\n\n{given}" if given else instruction, output, options)
+
+
+@formats.register("completion_in_chat")
+def completion_in_chat(record: Record, options: FormatOptions) -> Document:
+    """prompt as the user's turn, completion as the assistant's."""
+    prompt, completion = (text_field(record, name, options.columns) for name in ("prompt", "completion"))
+    return _one_turn(prompt, completion, options)
+
+
+def _one_turn(question: str, answer: str, options: FormatOptions) -> Document:
+    assert options.render_chat is not None  # a model of conversations has a chat template
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return chat_document(
+        turns, options.render_chat, special_tokens=options.special_tokens, train_all=options.train_all
+    )
 
 
 def _run_data(model: str) -> dict[str, Any]:
@@ -228,7 +264,7 @@ def _run_data(model: str) -> dict[str, Any]:
         return {}
 
 
-def _own_side(side: str, model: str) -> Measured:
+def own_side(side: str, model: str) -> Measured:
     """The run's own held-out records, as they were prepared.
 
     Raises:
@@ -279,10 +315,6 @@ def texts_of(given: Sequence[str], *, limit: int | None = None) -> list[str]:
         UserError: as `DataChoice.of`, or a bad record.
     """
     from itertools import islice
-
-    from lmlab.data.fields import BadRecordError
-    from lmlab.data.formats import FormatOptions, formats, template_source
-    from lmlab.data.intake import Intake
 
     texts = []
     for each in given:

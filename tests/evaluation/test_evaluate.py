@@ -12,6 +12,7 @@ from scripts.evaluate import main
 
 from lmlab.journal import RunDir
 from lmlab.models.build import ASSETS
+from tests.evaluation.conftest import STEPS
 
 BASE = str(ASSETS / "tiny-base")
 RELATIVE = 1e-5  # fp32 sums, packed in training and padded here
@@ -167,6 +168,31 @@ def test_messages_and_completions(adapted: RunDir, tmp_path: Path, evaluate: Eva
     assert row["data"][str(completions)]["bytes"] == len(" 2")
 
 
+@pytest.mark.slow
+def test_triples_are_asked_of_a_chat_model_as_a_turn(
+    train: Callable[..., RunDir], tmp_path: Path, evaluate: Evaluate
+) -> None:
+    """The same as the records written as messages."""
+    triples, messages = tmp_path / "triples.jsonl", tmp_path / "messages.jsonl"
+    rows = [{"instruction": f"Double {n}.", "input": "Please.", "output": str(2 * n)} for n in range(8)]
+    turns = [
+        [
+            {"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"},
+            {"role": "assistant", "content": row["output"]},
+        ]
+        for row in rows
+    ]
+    triples.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    messages.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns), encoding="utf-8")
+    run = train("chat", *STEPS, "data=jsonl", f"data.path={messages}", "data.chat_template=chatml")
+    answers = ("--answers", "2", "--max-new-tokens", "4")
+    [row] = evaluate(str(run.path), "--data", str(triples), str(messages), *answers)
+    found, expected = row["data"][str(triples)], row["data"][str(messages)]
+    for name in ("loss", "tokens", "bytes", "exact_match", "rougeL", "answers"):
+        assert found[name] == expected[name], name
+    assert "asked as conversations" in " ".join(row["notes"][str(triples)])
+
+
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "no data": ([BASE], ["nothing to measure on", "--data"]),
     "unknown file": ([BASE, "--data", "nowhere.txt"], ["no such data file: nowhere.txt"]),
@@ -179,6 +205,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "no model": (["{tmp}", "--data", "{tmp}/text.txt"], ["{tmp}"]),
     "no model there": (["no/such/model", "--data", "{tmp}/text.txt"], ["no/such/model"]),
     "no run": ([BASE, "--data", "val"], ["is no run", "give a data file"]),
+    "limit of a run's own": ([BASE, "--data", "val", "--limit", "3"], ["is measured whole", "--limit"]),
     "unknown sampler": (
         [BASE, "--data", "{tmp}/text.txt", "--sampler", "top_q"],
         ["unknown sampler 'top_q'", "top_p"],
