@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="only the first N records of each data set and task")
     add("--stride", type=int, metavar="N", help="overlapping windows of a text, N tokens apart")
     add("--batch-size", type=int, default=16, metavar="N", help="rows in one forward pass")
+    _add_answers(add)
+    _add_more(add)
+    return parser
+
+
+def _add_answers(add: Callable[..., Any]) -> None:
+    """What is generated, and how."""
     add("--sampler", help="of the answers: a name in conf/sampler (default: the run's own, or greedy)")
     add("--max-new-tokens", type=int, metavar="N", help="the same as --set sampler.max_new_tokens=N")
     add(
@@ -84,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
         help="answers generated per data set, for its first questions; 0 for none (default 200)",
     )
     add("--seed", type=int, default=0, help="of the first answer; the next has seed + 1, ...")
+
+
+def _add_more(add: Callable[..., Any]) -> None:
+    """What is measured besides, and where it goes."""
     add("--suite", metavar="TASK", help="tasks of the lm-evaluation-harness, comma-separated")
     add("--suite-path", metavar="DIR", help="a folder of task files of your own")
     add(
@@ -95,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
     add("--out", metavar="DIR", help="write results.json, results.md and the generated answers there")
     add("--json", action="store_true", help="print the results as JSON")
-    return parser
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -76,6 +76,7 @@ def test_model_and_random_states_stay(adapted: RunDir, tasks: Path) -> None:
     assert usable.tokenizer.pad_token == padding
 
 
+@pytest.mark.slow
 def test_tasks_join_the_table(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [BASE, "--suite", ",".join(NAMES), "--suite-path", str(tasks), "--limit", "3"]
     assert main([*arguments, "--compare", "none,nf4", "--accelerator", "cpu"]) == 0
@@ -84,6 +85,7 @@ def test_tasks_join_the_table(tasks: Path, capsys: pytest.CaptureFixture[str]) -
     assert "skills_written exact_match" in out
 
 
+@pytest.mark.slow
 def test_during_training_and_the_loss_stays_bit_for_bit(train: Callable[..., RunDir], tasks: Path) -> None:
     harness = (
         "callbacks=harness",
@@ -109,6 +111,7 @@ def test_during_training_and_the_loss_stays_bit_for_bit(train: Callable[..., Run
     assert not any(key.startswith("eval/") for line in logged[1] for key in line)
 
 
+@pytest.mark.slow
 def test_an_unknown_task_names_what_is_near(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--suite", "skills_choosen", "--suite-path", str(tasks)]
     assert main([BASE, *arguments]) == 2
@@ -116,10 +119,14 @@ def test_an_unknown_task_names_what_is_near(tasks: Path, capsys: pytest.CaptureF
     assert error.startswith("error: unknown task 'skills_choosen' (--suite): did you mean 'skills_chosen'?")
 
 
+@pytest.mark.slow
 def test_a_run_with_an_unknown_task_begins_nothing(train: Callable[..., RunDir], tasks: Path) -> None:
     told = [f"callbacks.harness.suite_path={tasks}", "callbacks.harness.suites=[skills_choosen]"]
     with pytest.raises(UserError, match="did you mean 'skills_chosen'"):
         train("nothing", "callbacks=harness", *told)
+
+
+def test_a_run_that_names_no_task_begins_nothing(train: Callable[..., RunDir]) -> None:
     with pytest.raises(UserError, match="no task named"):
         train("nothing", "callbacks=harness")
 
