@@ -77,8 +77,9 @@ def test_ranks_do_not_outlive_a_parent_that_is_killed(
     left_behind += ranks
     assert sorted(rank.environ()["RANK"] for rank in ranks) == ["0", "1"]
     process.kill()
-    process.communicate()
+    process.wait()  # its pipes are the ranks' too, and would be waited for as long
     wait_for(lambda: not running(ranks))
+    process.communicate()
     assert read_json(run.summary)["status"] == "interrupted"
     found = newest_checkpoint(run.checkpoints)
     assert found is not None
