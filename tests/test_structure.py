@@ -40,6 +40,8 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
         "planning",
         "ranks",
         "reproduce",
+        "exporting",
+        "certify",
     },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

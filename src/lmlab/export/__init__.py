@@ -1,0 +1,1 @@
+"""What makes a trained model travel: plain directories, certificates, model cards, other programs' formats."""

@@ -1,0 +1,172 @@
+"""What cannot be exported is said in one line, before anything is loaded or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmlab.export.certificate import BOUNDS, Difference, difference, verdict
+from lmlab.export.directory import check_finite, check_portable, check_target, made_beside
+from lmlab.export.job import ExportJob, parse_adapters
+from lmlab.export.serving import find_converter
+from lmlab.records import UserError
+
+
+def run_folder(path: Path, weights: str | None = "adapter") -> Path:
+    path.mkdir()
+    (path / "config.yaml").write_text("x: 1")
+    (path / "run.json").write_text("{}")
+    if weights:
+        (path / weights).mkdir()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "said"),
+    [
+        ("adapter", {"dtype": "int8"}, "unknown dtype 'int8'"),
+        ("adapter", {"base": "nf4"}, "not merged into a quantized base"),
+        ("adapter", {"base": "quantized"}, "not merged into a quantized base"),
+        ("adapter", {"base": "bigger"}, "unknown base 'bigger'"),
+        (None, {}, "the run has no weights yet"),
+        ("adapter", {"best": True}, "the run has no best weights yet"),
+        ("model", {"adapter_only": True}, "the run trained all weights"),
+        ("model", {"base": "original"}, "the run trained all weights"),
+        ("adapter", {"adapter_only": True, "dtype": "bf16"}, "an adapter alone is exported as it was saved"),
+    ],
+)
+def test_what_cannot_be_exported(
+    tmp_path: Path, weights: str | None, changes: dict[str, Any], said: str
+) -> None:
+    run = run_folder(tmp_path / "run", weights)
+    with pytest.raises(UserError, match=said):
+        ExportJob(str(run), **changes).check()
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        ExportJob(str(tmp_path / "absent")).check()
+    with pytest.raises(UserError, match="not a run's directory"):
+        ExportJob(str(tmp_path)).check()
+
+
+def test_a_target_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "runs")
+    for inside in (run, run / "exports" / "x", run.parent):
+        with pytest.raises(UserError, match="does not go into a run's directory or around it"):
+            check_target(inside, run=run, overwrite=True)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    check_target(taken, run=run, overwrite=False)
+    (taken / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match="the directory is not empty"):
+        check_target(taken, run=run, overwrite=False)
+    with pytest.raises(UserError, match="not an export"):
+        check_target(taken, run=run, overwrite=True)
+    with pytest.raises(UserError, match="not a directory"):
+        check_target(taken / "a.txt", run=run, overwrite=True)
+
+
+def test_an_interrupted_export_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    to = tmp_path / "out"
+
+    def interrupted() -> None:
+        with made_beside(to) as made:
+            (made / "config.json").write_text("{}")
+            assert not to.exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+    killed = tmp_path / ".out.99999999.tmp"  # a process that was killed could not clear up
+    killed.mkdir()
+    with made_beside(to) as made:
+        (made / "config.json").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_path_of_this_machine_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": "/usr/bin/env"}')
+    check_portable(tmp_path, {"/somewhere/else"})
+    (tmp_path / "config.json").write_text('{"a": "/somewhere/else/x"}')
+    with pytest.raises(UserError, match=r"config\.json names a path of this machine, /somewhere/else"):
+        check_portable(tmp_path, {"/somewhere/else"})
+    (tmp_path / "config.json").write_text(f'{{"a": "{tmp_path}"}}')
+    with pytest.raises(UserError, match="names a path of this machine"):
+        check_portable(tmp_path, set())
+
+
+def test_weights_beyond_fp16_are_refused() -> None:
+    layer = torch.nn.Linear(1, 1)
+    check_finite(layer)
+    torch.nn.init.constant_(layer.weight, 1e5)
+    with pytest.raises(UserError, match="weight is not finite in float16"):
+        check_finite(layer.half())
+
+
+@pytest.mark.parametrize("text", ["a", "a=DIR", "a=DIR:x", "=DIR:1", "a:1", "a=DIR:nan"])
+def test_adapters_that_are_not_understood(text: str) -> None:
+    with pytest.raises(UserError, match="is no adapter with a weight"):
+        parse_adapters(text)
+
+
+def test_adapters() -> None:
+    assert parse_adapters("") == {}
+    assert parse_adapters("a=x/y:0.5, b=C:/z:-1,default:2") == {
+        "a": ("x/y", 0.5),
+        "b": ("C:/z", -1.0),
+        "default": ("", 2.0),
+    }
+    with pytest.raises(UserError, match="two adapters named 'a'"):
+        parse_adapters("a=x:1,a=y:1")
+
+
+def test_a_converter_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    with pytest.raises(UserError, match=r"no convert_hf_to_gguf\.py there"):
+        find_converter()
+    monkeypatch.delenv("LLAMA_CPP")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_converter() is None
+
+
+def test_the_script_says_it_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import runpy
+
+    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "export.py"))["main"]
+    run = run_folder(tmp_path / "run")
+    for arguments in ([], [str(run)], [str(run), "--to", str(run / "x")], ["--verify", str(tmp_path)]):
+        assert main(arguments) == 2
+        found = capsys.readouterr()
+        assert found.out == ""
+        assert len(found.err.strip().splitlines()) == 1, found.err
+        assert found.err.startswith("error: ")
+
+
+# --- the comparison itself -------------------------------------------------------------------------------------------
+
+
+def test_a_difference_is_measured_over_all_positions() -> None:
+    reference = [torch.tensor([[0.0, 4.0, 1.0], [-8.0, 2.0, 1.0]])]
+    other = [torch.tensor([[0.5, 4.0, 1.0], [-8.0, 2.0, 3.0]])]
+    found = difference(reference, other, bound=1e-4)
+    assert found == Difference(2.0, 0.25, 0.5, 0, 2)
+    assert not found.within(0.3), "a greedy choice is another, and not at a tie"
+    assert difference(reference, other, bound=0.1).ties == 1, "1 apart, twice 0.1 of 8 is 1.6"
+    assert difference(reference, reference, bound=1e-4) == Difference(0.0, 0.0, 1.0, 0, 2)
+
+
+def test_nan_is_within_no_bound() -> None:
+    found = difference([torch.ones(1, 3)], [torch.full((1, 3), torch.nan)], bound=1e-4)
+    assert not found.within(BOUNDS["bf16"])
+
+
+def test_a_verdict_names_its_figures() -> None:
+    found = {"export_from_trained": Difference(1.0, 0.2, 0.75, 0, 4)}
+    verdict(found, bound=1e-4, certified=[])
+    with pytest.raises(UserError, match=r"export from trained differs by 2\.00e-01 .* agree at 75\.00%"):
+        verdict(found, bound=1e-4, certified=found)
