@@ -121,6 +121,7 @@ def test_llama_cpp_converts_an_export(
     shutil.copytree(real_data / "stories260k-hf", folder)
     step = gguf(folder, name="stories", dtype="fp32")
     assert step.state == "done: stories-f32.gguf", step.state
+    monkeypatch.syspath_prepend(str(Path(os.environ["LLAMA_CPP"]) / "gguf-py"))
     reader = pytest.importorskip("gguf", reason="the gguf package reads the file back").GGUFReader
     from safetensors.torch import load_file
 

@@ -26,9 +26,12 @@ ROWS = [90, 91]
 
 
 def stored(model: Any, kind: str | None) -> Any:
+    if kind == "int4":
+        pytest.importorskip("torchao", reason="lmlab[int4] is not installed")
     if kind is not None:
         values = {"kind": kind} | ({"double_quant": True} if kind in ("nf4", "fp4") else {})
-        quants.class_of(kind).model_validate(values).apply(model, compute_dtype=torch.float32)
+        config: Any = quants.class_of(kind).model_validate(values)
+        config.apply(model, compute_dtype=torch.float32)
     return model
 
 
@@ -56,7 +59,10 @@ def foreign(model: torch.nn.Module) -> set[str]:
 
 
 CASES: dict[str, tuple[str, str | None, dict[str, Any], dict[str, Any]]] = {
-    **{f"lora-{kind}": ("llama", kind, {}, ALL) for kind in (None, "fp16", "bf16", "int8", "nf4", "fp4")},
+    **{
+        f"lora-{kind}": ("llama", kind, {}, ALL)
+        for kind in (None, "fp16", "bf16", "int8", "int4", "nf4", "fp4")
+    },
     **{f"conv1d-{kind}": ("gpt2", kind, {}, ALL) for kind in (None, "fp16", "nf4")},
     "rslora": ("llama", None, {}, ALL | {"use_rslora": True}),
     "dora": ("llama", None, {}, ALL | {"use_dora": True}),

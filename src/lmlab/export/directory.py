@@ -72,6 +72,8 @@ def made_beside(to: Path) -> Iterator[Path]:
         yield temporary
         publish_folder(temporary, to)
     except OSError as error:
+        if error.errno is None:  # transformers raises it bare for whatever it cannot load
+            raise
         raise _unwritable(error.strerror or str(error), to) from error
     except SafetensorError as error:  # how that library says that the disk is full
         if "No space" not in str(error) and "Io" not in str(error):

@@ -19,7 +19,7 @@ from lmlab.records import UserError
 
 CONVERTER = "convert_hf_to_gguf.py"
 GGUF_TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-UNVERIFIED = "unverified: the tool is not on this machine"
+UNVERIFIED = "unverified: the tool was not at hand"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def use_prompt_as_chat(tokenizer: Any, template: str) -> bool:
         False: the template comes out differently in transformers' Jinja; the tokenizer has no chat template then.
     """
     bos = "{{- bos_token -}}" if adds_bos(tokenizer) else ""
-    tokenizer.chat_template = _LAST_QUESTION + bos + template
+    # transformers' Jinja drops a template's last line end, and only that: so something stands behind it.
+    tokenizer.chat_template = _LAST_QUESTION + bos + template + "{{ '' }}"
     probe = "How many  legs\nhas a 'cat'?"
     try:
         written = tokenizer.apply_chat_template(
