@@ -219,7 +219,7 @@ def count_parameters(model: Any) -> tuple[int, int]:
     packed = {id(m.weight): math.prod(weight_shape(m)) for m in linear if m.weight.dtype == torch.uint8}
     total = trainable = 0
     for parameter in model.parameters():
-        count = packed.get(id(parameter), parameter.numel())
+        count: int = packed.get(id(parameter)) or parameter.numel()
         total += count
         trainable += count if parameter.requires_grad else 0
     return total, trainable
