@@ -220,15 +220,15 @@ def layer_errors(reference: Any, stored: Any) -> tuple[list[LayerError], float]:
     replaced = dict(stored.named_modules())
     for name, module in _linears(reference):
         weight = dense_weight(module, torch.float32)
-        error = dense_weight(replaced[name], torch.float32)
-        norm, own_norm, product = (
-            torch.linalg.vector_norm(weight, dtype=torch.float64).item(),
-            torch.linalg.vector_norm(error, dtype=torch.float64).item(),
-            (weight.double() * error).sum().item(),
-        )
-        gap = torch.linalg.vector_norm(error - weight, dtype=torch.float64).item()
-        cosine = product / (norm * own_norm) if norm * own_norm else math.nan
-        rows.append(LayerError(name, gap / norm if norm else math.nan, min(1.0, cosine)))
+        kept = dense_weight(replaced[name], torch.float32)
+        sizes = [
+            torch.linalg.vector_norm(each, dtype=torch.float64).item()
+            for each in (weight, kept, kept - weight)
+        ]
+        norm, kept_norm, gap = sizes
+        product = (weight.double() * kept).sum().item()
+        cosine = min(1.0, product / (norm * kept_norm)) if norm * kept_norm else math.nan
+        rows.append(LayerError(name, gap / norm if norm else math.nan, cosine))
         squares, norms = squares + gap * gap, norms + norm * norm
     return rows, math.sqrt(squares / norms) if norms else math.nan
 
