@@ -232,15 +232,18 @@ def _write(folder: Path, results: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def _quantization_report(options: argparse.Namespace) -> None:
-    """On the texts of ``--data``, or on lmlab's own text where there are none."""
+    """On the texts of ``--data``, or on 50 of the embedded data set where there are none."""
     from lmlab.evaluation.quantization import KINDS, quantization_report
-
     from lmlab.measured import texts_of
+    from lmlab.variants import WEIGHTS
 
-    kinds = options.compare.split(",") if options.compare else list(KINDS)
+    words = [word.strip() for word in (options.compare or "").split(",")]
+    kinds = [word for word in words if word and word not in (*WEIGHTS, "none")] or list(KINDS)
     quantization_report(
         options.models[0],
-        texts=texts_of(options.data or ["python_help"], limit=options.limit),
+        texts=texts_of(
+            options.data or ["python_help"], limit=options.limit or (None if options.data else 50)
+        ),
         kinds=kinds,
         accelerator=options.accelerator,
         folder=Path(options.quantization_report),

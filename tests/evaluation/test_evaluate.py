@@ -194,6 +194,17 @@ def test_triples_are_asked_of_a_chat_model_as_a_turn(
     assert "asked as conversations" in " ".join(row["notes"][str(triples)])
 
 
+@pytest.mark.slow
+def test_the_quantization_report_is_written_beside_the_table(tmp_path: Path, evaluate: Evaluate) -> None:
+    (tmp_path / "text.txt").write_text("Some words to measure, and some more. " * 4)
+    folder = tmp_path / "report"
+    told = ["--data", str(tmp_path / "text.txt"), "--compare", "none,int8"]
+    assert main([BASE, *told, "--quantization-report", str(folder), "--accelerator", "cpu"]) == 0
+    report = json.loads((folder / "quantization.json").read_text())
+    assert [row["kind"] for row in report["kinds"]][1:] == ["int8"]
+    assert report["tokens"] > 10
+
+
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "no data": ([BASE], ["nothing to measure on", "--data"]),
     "unknown file": ([BASE, "--data", "nowhere.txt"], ["no such data file: nowhere.txt"]),
