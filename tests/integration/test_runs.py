@@ -114,7 +114,9 @@ def test_ones_own_model_is_a_base(train: Train, pretrained: RunDir, corpus: Path
     assert rows[-1]["val/loss"] < rows[0]["val/loss"]
 
 
-PAIRS = [(a, q) for a in ("none", "lora", "qlora") for q in ("none", "fp16", "bf16", "int8", "int4", "nf4", "fp4")]
+PAIRS = [
+    (a, q) for a in ("none", "lora", "qlora") for q in ("none", "fp16", "bf16", "int8", "int4", "nf4", "fp4")
+]
 TRAINS = {("none", "none"), *(("lora", q) for _, q in PAIRS), ("qlora", "nf4"), ("qlora", "fp4")}
 
 

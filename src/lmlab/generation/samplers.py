@@ -181,8 +181,8 @@ class SamplerConfig(Config):
 
     kind: str
     max_new_tokens: int = Field(ge=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    no_repeat_ngram_size: int = Field(0, ge=0)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    no_repeat_ngram_size: int = Field(default=0, ge=0)
     bad_words: list[Text] = Field(default_factory=list)
     begins_with: str = ""
     stop: list[Text] = Field(default_factory=list)
