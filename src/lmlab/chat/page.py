@@ -200,7 +200,7 @@ class _Page:
                 elem_id="message",
                 show_label=False,
                 container=False,
-                placeholder="Message (Enter sends, Shift+Enter begins a new line)",
+                placeholder="Message: Enter sends",
                 lines=1,
                 max_lines=8,
                 autofocus=True,
