@@ -39,9 +39,11 @@ def test_against_lm_eval_alone(tasks: Path) -> None:
     loaded = load_suites(NAMES, folder=str(tasks))
     found = run_suites(usable.model, usable.tokenizer, loaded, around=usable.generator.around)
     model: Any = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    whole: Any = HFLM
+    own_tasks: Any = NAMES
     expected: Any = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(BASE), batch_size=4),
-        tasks=NAMES,
+        whole(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(BASE), batch_size=4),
+        tasks=own_tasks,
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
     )

@@ -211,11 +211,11 @@ def test_the_prompts_end_counts_and_special_tokens_go_by_their_name(tokenizer: A
 
 def test_a_tokenizer_without_characters_to_read_is_named() -> None:
     with pytest.raises(UserError, match=r"SimpleTokenizer does not say what its tokens stand for"):
-        token_bytes(SimpleTokenizer())
+        token_bytes(SimpleTokenizer())  # type: ignore[arg-type]
 
 
-class SimpleTokenizer(SimpleNamespace):
-    __hash__ = object.__hash__
+class SimpleTokenizer:
+    """None of transformers'."""
 
 
 # --- forced beginnings ----------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_a_combination_is_the_weighted_sum_and_loads_with_peft_alone(
     for name, weight in weights.items():
         tensors = load_file(Path(made[name]) / "adapter_model.safetensors")
         for key in (key for key in tensors if ".lora_A." in key):
-            target = by_hand.get_submodule(
+            target: Any = by_hand.get_submodule(
                 key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             )
             update = tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double()

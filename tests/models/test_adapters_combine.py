@@ -89,7 +89,7 @@ def test_side_by_side_is_the_exact_sum_of_whatever_there_is() -> None:
         layer = model.get_base_model().model.get_submodule(path)
         there = [name for name in WEIGHTS if name in layer.r]
         assert ("c" in there) == (path == "layers.1.mlp.up_proj")
-        exact = sum(WEIGHTS[name] * update(layer, name, scale=(scales | own)[name]) for name in there)
+        exact: Any = sum(WEIGHTS[name] * update(layer, name, scale=(scales | own)[name]) for name in there)
         found = (
             layer.scaling["sum"] * layer.lora_B["sum"].weight.double() @ layer.lora_A["sum"].weight.double()
         )

@@ -113,7 +113,8 @@ def test_against_peft_settings(name: str) -> None:
             assert torch.equal(weight, reference[key]), key  # the same draws
     else:
         theirs.load_state_dict(ours.state_dict())
-    move(ours), move(theirs)
+    move(ours)
+    move(theirs)
     (loss, grads), (expected, reference_grads) = step(ours), step(theirs)
     assert relative(loss, expected) < RELATIVE
     assert distance(grads, reference_grads) < RELATIVE
@@ -226,7 +227,7 @@ def test_a_tied_matrix_is_trained_once_and_stays_tied(
         loaded = PeftModel.from_pretrained(quantized(again, NONE), str(tmp_path)).eval()
         if storage is NONE:
             assert relative(loaded(ids).logits, expected) < RELATIVE
-    found = loaded.get_base_model()
+    found: Any = loaded.get_base_model()
     assert (
         found.get_input_embeddings().modules_to_save["default"].weight
         is found.get_output_embeddings().modules_to_save["default"].weight
@@ -255,6 +256,8 @@ def test_the_head_trained_over_a_base_wholly_in_bf16() -> None:
     assert all(p.dtype == torch.float32 for p in trained(model).values())
     loss = loss_sum(model, padded(documents()))
     loss.backward()
+    assert expected is not None
+    assert head.weight.grad is not None
     assert distance(head.weight.grad, expected) < 0.1  # bf16 products
     with torch.no_grad():
         assert supervised_logits(model.eval(), padded(documents())).logits.isfinite().all()

@@ -79,7 +79,7 @@ def banned_for(model: Any) -> tuple[list[str], list[list[int]]]:
     """Strings of one, two and three characters that the model would write, and their tokens."""
     free = [row.token_ids for row in own(model, sampler_of(kind="greedy"))]
     ids = [free[0][:1], free[1][2:4], free[2][:2], free[3][4:7]]
-    words = [TOKENIZER.decode(sequence) for sequence in ids]
+    words = [str(TOKENIZER.decode(sequence)) for sequence in ids]
     kept = [(word, sequence) for word, sequence in zip(words, ids, strict=True) if len(word) == len(sequence)]
     assert len(kept) >= 2, "special tokens are no text"
     return [word for word, _ in kept], [sequence for _, sequence in kept]

@@ -95,9 +95,9 @@ def run_suites(
             bootstrap_iters=0,
             log_samples=False,
         )
-    assert found is not None
-    values = {task: _metrics(about) for task, about in found["results"].items()}
-    return values | {task: _metrics(about) for task, about in (found.get("groups") or {}).items()}
+    made: Any = found
+    sections = (made["results"], made.get("groups") or {})
+    return {task: _metrics(about) for section in sections for task, about in section.items()}
 
 
 def _metrics(about: dict[str, Any]) -> dict[str, float]:
@@ -126,11 +126,12 @@ class _StandIn:
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
+    made: Any = huggingface.HFLM
     # A copy, as the harness gives it a padding token.
-    return HFLM(
-        pretrained=_StandIn(model),  # type: ignore[arg-type]
+    return made(
+        pretrained=_StandIn(model),
         tokenizer=copy.deepcopy(tokenizer),
         batch_size=batch_size,
         backend="causal",

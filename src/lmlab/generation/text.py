@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class TextGenerator:
                     GrowingText(
                         self,
                         sampler.stop,
-                        None if on_text is None else (lambda piece, i=start + i: on_text(i, piece)),
+                        None if on_text is None else functools.partial(on_text, start + i),
                     )
                     for i in range(len(ids))
                 ]

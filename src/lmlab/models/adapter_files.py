@@ -74,13 +74,13 @@ def check_adapter(path: Path) -> None:
         )
 
 
-def check_name(name: str, model: nn.Module) -> None:
+def check_name(name: str, model: Any) -> None:
     """Refuse a name that PEFT could not tell from a part of the model.
 
     Raises:
         UserError: not one word, taken, or the name of a module or of a method of torch's containers.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     parts = {part for path, _ in base.named_modules() for part in path.split(".")}
     parts |= set(getattr(model, "peft_config", ()))
     if not re.fullmatch(r"[\w-]+", name) or name in parts or hasattr(nn.ModuleDict(), name):

@@ -52,7 +52,7 @@ class FusedLora:
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., in] -> [..., out]``."""
-        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        name: Any = self.active_adapters[0] if len(self.active_adapters) == 1 else None
         one = name in self.lora_A and not (
             self.disable_adapters or self.merged or args or kwargs or self.lora_bias[name]
         )
