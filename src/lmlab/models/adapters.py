@@ -21,6 +21,9 @@ from lmlab.registry import Config, adapters
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+PEFT_TIES = {"embed_tokens", "lm_head"}
+"""Names by which PEFT knows that a module is tied; under others it would split the matrix."""
+
 
 class AdapterConfig(Config):
     """Turns a base model into the model that is trained."""
@@ -185,10 +188,7 @@ class Lora(AdapterConfig):
         pair = tied_paths(model)
         if not set(pair) & set(whole):
             return targets, whole, False
-        if not {path.rsplit(".", 1)[-1] for path in pair} & {
-            "embed_tokens",
-            "lm_head",
-        }:  # all names that PEFT knows
+        if not {path.rsplit(".", 1)[-1] for path in pair} & PEFT_TIES:
             raise UserError(
                 f"modules_to_save={self.modules_to_save[0]}: {' and '.join(pair)} are one matrix, which PEFT would split",
                 where="adapter.modules_to_save",
