@@ -39,6 +39,11 @@ from lmlab.records import UserError
 KINDS = ("fp16", "bf16", "int8", "fp4", "int4", "nf4", "nf4+dq")
 """What is compared unless told otherwise; ``+dq`` is double quantization."""
 OUTLIER_SIGMAS = 6.0
+DEFINITIONS = {
+    "outlier": f"|w| > {OUTLIER_SIGMAS:g} standard deviations of the layer's weights",
+    "error": "Frobenius norm of the difference over that of the fp32 weight",
+    "kl": "KL(fp32 || kind) of the next token, nats",
+}
 
 
 @dataclass(frozen=True)
@@ -156,11 +161,7 @@ def quantization_report(
         "tokens": sum(document.predicted for document in documents),
         "window": length,
         "parameters": _parameters(reference),
-        "definitions": {
-            "outlier": f"|w| > {OUTLIER_SIGMAS:g} standard deviations of the layer's weights",
-            "error": "Frobenius norm of the difference over that of the fp32 weight",
-            "kl": "KL(fp32 || kind) of the next token, nats",
-        },
+        "definitions": DEFINITIONS,
         "kinds": [asdict(each) for each in figures],
         "order": order(figures, [document.predicted for document in documents]),
         "weights": [asdict(each) for each in layer_weights(reference)],
