@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,13 +145,7 @@ def quantization_report(
     documents, skipped = encode_texts(load_tokenizer(about.source), texts, length)
     reference: Any = build_model(about, hf_config, seed=0, dtype=torch.float32, device=hardware.device)
     reference.requires_grad_(False).eval()
-    figures, layers = [_of_fp32(reference, documents)], dict[str, list[LayerError]]()
-    for kind, quant in chosen.items():
-        stored = copy.deepcopy(reference)
-        quant.apply(stored, compute_dtype=torch.float32)
-        layers[kind], total = layer_errors(reference, stored)
-        figures.append(_figures(kind, reference, stored.eval(), documents, weight_error=total))
-        del stored
+    figures, layers = _side_by_side(reference, chosen, documents)
     found = {
         "model": name_or_path,
         "device": str(hardware.device),
@@ -168,6 +162,20 @@ def quantization_report(
         "layers": {kind: [asdict(row) for row in rows] for kind, rows in layers.items()},
     }
     return write_pages(found, Path(folder))
+
+
+def _side_by_side(
+    reference: Any, chosen: Mapping[str, QuantConfig], documents: Sequence[Document]
+) -> tuple[list[KindFigures], dict[str, list[LayerError]]]:
+    """fp32 and every kind of ``chosen``, one stored copy of ``reference`` in memory at a time."""
+    figures, layers = [_of_fp32(reference, documents)], dict[str, list[LayerError]]()
+    for kind, quant in chosen.items():
+        stored = copy.deepcopy(reference)
+        quant.apply(stored, compute_dtype=torch.float32)
+        layers[kind], total = layer_errors(reference, stored)
+        figures.append(_figures(kind, reference, stored.eval(), documents, weight_error=total))
+        del stored
+    return figures, layers
 
 
 def storage_of(kind: str) -> QuantConfig:
