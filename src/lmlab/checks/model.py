@@ -68,9 +68,8 @@ def _step(bench: Bench, batch_size: int, accumulate: int) -> tuple[dict[str, tor
     built.model.zero_grad(set_to_none=True)
     trainer = build_trainer(options, hardware, max_steps=1, callbacks=[], root=bench.folder, world_size=1)
     trainer.limit_val_batches = 0
-    vars(module)["cpu"] = lambda: (
-        module
-    )  # Lightning takes a model off its GPU at the end; this one is needed there
+    # Lightning takes a model off its GPU at the end; this one is needed there
+    vars(module)["cpu"] = lambda: module
     trainer.fit(module, LMDataModule(bench.prepared, options, seed=config.seed, flat=built.flat))
     gradient = bench.taken_gradients()
     with torch.no_grad():
