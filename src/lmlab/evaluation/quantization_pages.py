@@ -192,7 +192,7 @@ def _draw_errors(axes: Axes, found: Mapping[str, Any]) -> None:
         axes.plot(errors, dashed, marker="o", markersize=3, linewidth=1, color=_colour(kind), label=kind)
     axes.set_yscale("log")
     axes.set_ylabel("relative error of the weight, %")
-    axes.set_title(f"Error of each linear layer, {found['model']}", loc="left")
+    axes.set_title(f"Error of each linear layer, {Path(found['model']).name}", loc="left")
     axes.grid(axis="y", alpha=0.3)
     if len(names) <= NAMES_UP_TO:
         short = [name.replace("model.layers.", "").replace("transformer.h.", "") for name in names]
@@ -220,15 +220,17 @@ def _draw_quality(axes: Axes, found: Mapping[str, Any]) -> None:
     axes.axhline(0, color="#5f6368", linewidth=0.8)
     smallest = min((abs(row["nll_increase"]) for row in rows if row["nll_increase"]), default=1e-6)
     axes.set_yscale("symlog", linthresh=max(smallest, 1e-7))
+    ends = [row["nll_increase"] + side * (row["nll_increase_error"] or 0) for row in rows for side in (-1, 1)]
+    axes.set_ylim(min(0.0, 2 * min(ends)), max(0.0, 2 * max(ends)) or 1.0)
     axes.set_xscale("log", base=2)
     ticks = sorted({round(row["bits_per_param"], 1) for row in rows if row["bits_per_param"] > 5} | {4, 4.5})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("bits per parameter of the linear layers, as stored")
     axes.set_ylabel("nats per token more than fp32")
-    axes.set_title(f"Quality against size, {found['model']}", loc="left")
+    axes.set_title(f"Quality against size, {Path(found['model']).name}", loc="left")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_kl(axes: Axes, found: Mapping[str, Any]) -> None:
@@ -248,5 +250,5 @@ def _draw_kl(axes: Axes, found: Mapping[str, Any]) -> None:
     if positive:
         axes.set_xlim(min(positive) / 3, max(positive) * 6)
     axes.set_xlabel("KL(fp32 || kind) of the next token, nats")
-    axes.set_title(f"Divergence of the predictions, {found['model']}", loc="left")
+    axes.set_title(f"Divergence of the predictions, {Path(found['model']).name}", loc="left")
     axes.grid(axis="x", alpha=0.3)
