@@ -254,6 +254,7 @@ def test_an_override_that_names_code_or_leaves_its_place(tmp_path: Path, overrid
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_gz_that_unpacks_to_far_more(tmp_path: Path) -> None:
     """200 MB of one line of blanks in 200 KB: read as a stream, one record that is none, and no 200 MB more in memory."""
     import yaml as yaml_

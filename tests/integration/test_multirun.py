@@ -179,6 +179,7 @@ def test_a_search_that_is_killed_goes_on_to_exactly_its_trials(tmp_path: Path) -
     assert (root / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_jobs_print_into_their_own_directories(tmp_path: Path) -> None:
     told = [*TINY, *SHORT, "logger=none", f"output_root={tmp_path}", "run_name=two", "seed=1,2"]
     done = command("train.py", "-m", *told)

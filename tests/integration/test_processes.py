@@ -18,7 +18,7 @@ from tests.integration.conftest import QUICK, ROOT, command, lines, rows_of, sta
 RELATIVE = 1e-5
 
 
-@pytest.mark.parametrize("adapter", ["none", "qlora"])
+@pytest.mark.parametrize("adapter", ["none", pytest.param("qlora", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_weights_of_one_process(adapter: str, tmp_path: Path) -> None:
     told = [*QUICK, f"adapter={adapter}", "optim=sgd", f"output_root={tmp_path}"]
     one = command("train.py", *told, "run_name=one", "trainer.batch_size=4")
