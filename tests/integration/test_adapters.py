@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmlab.config.named import named_sampler
 from lmlab.load import UsableModel, combine_and_save, load_for_use
+from lmlab.models.adapter_files import check_adapter
 from lmlab.models.build import ASSETS, base_fingerprint
 from lmlab.models.quantize import Unquantized, quants
 from lmlab.records import UserError
@@ -203,6 +204,31 @@ def test_a_second_adapter_is_checked_like_the_first(made: dict[str, str], tmp_pa
     assert "it has default" in refusal(lambda: usable.using("nobody").__enter__())
     plain = load_for_use(str(BASE), accelerator="cpu")
     assert "it has none" in refusal(lambda: plain.using("nobody").__enter__())
+
+
+@pytest.mark.parametrize("init", ["OLoRA", "pissa_niter_4", "loftq", "not known yet"])
+def test_inits_that_change_the_base_are_refused_however_they_are_written(tmp_path: Path, init: str) -> None:
+    values = {"peft_type": "LORA", "init_lora_weights": init}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values), encoding="utf-8")
+    assert "which changes the base" in refusal(lambda: check_adapter(tmp_path))
+
+
+@pytest.mark.parametrize("changed", [True, False], ids=["other values", "the same values"])
+def test_the_bare_base_is_refused_where_a_file_replaced_its_embedding(
+    made: dict[str, str], tmp_path: Path, changed: bool
+) -> None:
+    folder = Path(copy_with(made["a"], tmp_path / "whole"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    embedding = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).get_input_embeddings().weight
+    tensors["base_model.model.model.embed_tokens.weight"] = embedding.detach() + float(changed)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    usable = load_for_use(str(folder), accelerator="cpu")
+    if changed:
+        line = refusal(lambda: usable.using(None).__enter__())
+        assert "replaced a tensor of its base (base_model.model.model.embed_tokens.weight)" in line
+    else:
+        with usable.using(None):
+            assert torch.equal(logits(usable), logits(load_for_use(str(BASE), accelerator="cpu")))
 
 
 # --- combined --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lmlab.journal import beside, publish_folder, read_json, write_json
@@ -20,8 +21,11 @@ from lmlab.records import UserError
 
 FOREIGN = ("megatron_config",)
 """Fields of an adapter_config.json by which PEFT would import a module that the file names."""
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of ``init_lora_weights`` under which PEFT subtracts the first update from the base, at every loading."""
+HARMLESS_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+"""Values of ``init_lora_weights`` (PEFT compares some without regard to case) that leave the base as it is.
+
+Under the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) PEFT subtracts the first update from it, at every loading.
+"""
 UNKNOWN = (
     "layer_replication",
     "alora_invocation_tokens",
@@ -43,13 +47,13 @@ def check_adapter(path: Path) -> None:
             of a kind that does not lie beside an unchanged base.
     """
     config = read_json(path / "adapter_config.json")
-    init = str(config.get("init_lora_weights", ""))
+    init = str(config.get("init_lora_weights", True))
     what = None
     if foreign := [name for name in FOREIGN if config.get(name)]:
         what = f"names code to import ({foreign[0]})"
     elif str(config.get("peft_type")) != "LORA":
         what = f"is of type {config.get('peft_type')!r}"
-    elif init.startswith(CHANGES_BASE):
+    elif init.lower() not in HARMLESS_INITS:
         what = f"was made with init_lora_weights={init}, which changes the base"
     elif config.get("bias", "none") != "none":
         what = f"brings biases of its base (bias={config['bias']})"
@@ -98,7 +102,8 @@ def put_on(model: Any, path: Path, *, name: str = "default", alone: bool = True)
 
     Args:
         model: a transformers model, or PEFT's around one with other adapters on it.
-        alone: no other adapter will lie on this base; then the file may bring whole embeddings, which replace it.
+        alone: no other adapter will lie on this base; then the file may bring whole embeddings, which replace its own:
+            if they differ, `using_adapter` refuses to give the bare base.
 
     Returns:
         PEFT's model, in eval mode and frozen.
@@ -116,6 +121,7 @@ def put_on(model: Any, path: Path, *, name: str = "default", alone: bool = True)
     try:
         with safe_open(path / "adapter_model.safetensors", framework="pt") as file:
             given = set(file.keys())
+            differing = {key for key in given if ".lora_" not in key and _differs(file, key, model)}
         adapted = _load(model, path, name)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -135,9 +141,20 @@ def put_on(model: Any, path: Path, *, name: str = "default", alone: bool = True)
             where=str(path),
             fix="load it alone, or save it with save_embedding_layers=False",
         )
+    adapted.replaced_in_base = sorted((given - wanted) & differing)
     use_token_rows(adapted)
     use_fused_lora(adapted)
     return adapted
+
+
+def _differs(file: Any, key: str, base: Any) -> bool:
+    """Whether the tensor ``key`` of an open safetensors file stands in ``base`` with other values."""
+    name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    try:
+        own = base.get_parameter(name)
+    except AttributeError:  # none of the base's
+        return False
+    return not torch.equal(file.get_tensor(key).to(own), own)
 
 
 def _load(model: Any, path: Path, name: str) -> Any:
@@ -168,7 +185,7 @@ def using_adapter(model: Any, name: str | None) -> Iterator[None]:
     force comes back afterwards, and what required gradients does again.
 
     Raises:
-        UserError: no adapter of that name.
+        UserError: no adapter of that name, or a base whose embedding an adapter's file replaced.
     """
     loaded: list[str] = list(getattr(model, "peft_config", {}))
     if name is not None and name not in loaded:
@@ -177,6 +194,12 @@ def using_adapter(model: Any, name: str | None) -> Iterator[None]:
     if not loaded:
         yield
         return
+    if name is None and (replaced := getattr(model, "replaced_in_base", [])):
+        raise UserError(
+            f"the adapter replaced a tensor of its base ({replaced[0]}), which is not there any more",
+            where="adapter",
+            fix="load the base by its own name",
+        )
     before = list(model.active_adapters)
     enabled = model.get_model_status().enabled is not False
     trained = [p for p in model.parameters() if p.requires_grad]
