@@ -275,6 +275,15 @@ def test_the_head_trained_over_a_base_wholly_in_bf16() -> None:
         ({"target_modules": "q_proj("}, ["is no regular expression"]),
         ({"exclude_modules": ["typo"]}, ["exclude_modules=typo"]),
         ({"exclude_modules": ".*"}, ["matches no layer that is left"]),
+        (
+            {"exclude_modules": r"layers\.0\..*"},
+            ["exclude_modules=layers", "matches no layer", "whole paths"],
+        ),
+        (
+            {"modules_to_save": ["q_proj"], "target_modules": ["q_proj"]},
+            ["modules_to_save=[q_proj", "holds every layer of target_modules"],
+        ),
+        ({"modules_to_save": ["layers"]}, ["holds every layer"]),
         ({"layers": [0, 2]}, ["adapter.layers has 2", "2 layers", "0 to 1"]),
         ({"layers": [-3]}, ["adapter.layers has -3"]),
         ({"layers": [0], "target_modules": ["lm_head"]}, ["lm_head matches no layer"]),
@@ -294,6 +303,17 @@ def test_names_that_mean_nothing(settings: dict[str, Any], says: list[str], by_c
     line = str(caught.value)
     assert "\n" not in line
     assert all(part in line for part in says), line
+
+
+def test_targets_inside_what_is_trained_whole_get_no_update_and_that_is_said() -> None:
+    model = random_model("llama")
+    adapter = lora(target_modules=["q_proj", "down_proj"], modules_to_save=["down_proj"])
+    assert adapter.remarks(model) == [
+        "adapter.modules_to_save: 2 of 4 target layers are trained whole and get no update"
+    ]
+    names = trained(adapter.apply(model, seed=0))
+    assert {"lora" if "lora_" in name else "whole" for name in names if "down_proj" in name} == {"whole"}
+    assert sum("q_proj.lora_A" in name for name in names) == 2
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp4"])

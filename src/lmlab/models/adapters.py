@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from lmlab.models.targets import ALL_LINEAR, target_paths, tied_paths, whole_paths
+from lmlab.models.targets import ALL_LINEAR, outside, target_paths, tied_paths, whole_paths
 from lmlab.records import UserError
 from lmlab.registry import Config, adapters
 
@@ -125,10 +125,17 @@ class Lora(AdapterConfig):
 
     def remarks(self, model: PreTrainedModel) -> list[str]:
         _, whole, tied = self._places(model)
+        said = []
+        targets = self._targets(model)
+        if inside := len(targets) - len(outside(targets, whole)):
+            said.append(
+                f"adapter.modules_to_save: {inside} of {len(targets)} target layers are trained whole and get no update"
+            )
         if not tied:
-            return []
+            return said
         return [
-            f"adapter.modules_to_save: {' and '.join(whole)} are one matrix in this model; it is trained and stays one"
+            *said,
+            f"adapter.modules_to_save: {' and '.join(whole)} are one matrix in this model; it is trained and stays one",
         ]
 
     def apply(self, model: PreTrainedModel, *, seed: int, token_rows: Sequence[int] = ()) -> Any:
@@ -175,16 +182,18 @@ class Lora(AdapterConfig):
         use_fused_lora(adapted)
         return adapted
 
+    def _targets(self, model: Any) -> list[str]:
+        return target_paths(model, self.target_modules, layers=self.layers, exclude=self.exclude_modules)
+
     def _places(self, model: Any, *, storage: str = "none") -> tuple[str | list[str], list[str], bool]:
         """(layers that get updates as PEFT takes them, modules trained whole, whether a tied matrix is among those)."""
-        targets: str | list[str] = target_paths(
-            model, self.target_modules, layers=self.layers, exclude=self.exclude_modules
-        )
+        targets: str | list[str] = self._targets(model)
+        whole = whole_paths(model, self.modules_to_save, storage=storage) if self.modules_to_save else []
+        targets = outside(targets, whole)
         if self.target_modules == ALL_LINEAR and self.layers is None and not self.exclude_modules:
             targets = ALL_LINEAR  # as it always stood in the files
         if not self.modules_to_save:
             return targets, [], False
-        whole = whole_paths(model, self.modules_to_save, storage=storage)
         pair = tied_paths(model)
         if not set(pair) & set(whole):
             return targets, whole, False

@@ -82,6 +82,22 @@ def whole_paths(model: Any, names: Sequence[str], *, storage: str) -> list[str]:
     return found
 
 
+def outside(paths: Sequence[str], whole: Sequence[str]) -> list[str]:
+    """Those of the layers ``paths`` that are in no module of ``whole``: what is trained whole needs no update.
+
+    Raises:
+        UserError: none is left.
+    """
+    left = [path for path in paths if not any(path == each or path.startswith(f"{each}.") for each in whole)]
+    if paths and not left:
+        raise UserError(
+            f"modules_to_save={_told([path.rsplit('.', 1)[-1] for path in whole][:5])} holds every layer of target_modules",
+            where="adapter.modules_to_save",
+            fix="name other modules, or use adapter=none to train the whole model",
+        )
+    return left
+
+
 def tied_paths(model: Any) -> tuple[str, ...]:
     """Paths of embedding and head where the two are one matrix, () where they are not."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -100,16 +116,25 @@ def _linear(model: Any) -> list[str]:
 
 
 def _matching(paths: Sequence[str], wanted: str | Sequence[str], key: str, there: Iterable[str]) -> list[str]:
-    """Those of ``paths`` that ``wanted`` means; each name of a list must mean one."""
+    """Those of ``paths`` that ``wanted`` means; each name of a list must mean one, and what is excluded as well."""
     if isinstance(wanted, str) and not re.fullmatch(r"[\w.]+", wanted):
         try:
-            return [path for path in paths if re.fullmatch(wanted, path)]
+            matching = [path for path in paths if re.fullmatch(wanted, path)]
         except re.error as error:
             raise UserError(
                 f"{key}={wanted} is no regular expression: {error}",
                 where=f"adapter.{key}",
                 fix="mend it, or give a list of names",
             ) from error
+        if (
+            not matching and key == "exclude_modules"
+        ):  # of target_modules it is said with what else leaves none
+            raise UserError(
+                f"{key}={wanted} matches no layer",
+                where=f"adapter.{key}",
+                fix=f"expressions are compared with whole paths, as {next(iter(paths), 'none')}",
+            )
+        return matching
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     found: dict[str, None] = {}
     for name in names:
