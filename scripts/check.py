@@ -81,9 +81,12 @@ def main() -> int:
 
 def _sorted(told: list[str]) -> tuple[list[str], list[str], list[str]]:
     """(names of checks, run directories, overrides): a plugin's checks are known once the config is."""
+    from lmlab.checks import CHECKS
+
     overrides = [word for word in told if "=" in word or word.startswith(("~", "+"))]
     others = [word for word in told if word not in overrides]
-    runs = [word for word in others if Path(word).is_dir() or "/" in word]
+    # A directory may have a check's name; as ./NAME it is a run.
+    runs = [word for word in others if word not in CHECKS and (Path(word).is_dir() or "/" in word)]
     return [word for word in others if word not in runs], runs, overrides
 
 

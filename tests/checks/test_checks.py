@@ -15,9 +15,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from scripts.check import _sorted
 
 from lmlab.checks import CHECKS, Bench, Outcome, Part, SkippedError, check, chosen, run_check
 from lmlab.checks.callbacks import without_dropout
+from lmlab.checks.compare import differences, metric_agreement
+from lmlab.checks.sizes import largest
 from lmlab.config.compose import CONF, to_run_config
 from lmlab.journal import RunDir, read_json
 from lmlab.records import RunFailedError, UserError
@@ -91,6 +94,24 @@ def test_red(adapted: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(len(line) <= 80 for line in found.lines())
 
 
+@pytest.mark.parametrize("name", ["cache", "save_load"])
+def test_no_number_is_red(adapted: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One NaN among the logits, and not in the first that are compared."""
+    right, calls = Bench.own_logits, []
+
+    def own_logits(self: Bench, *args: Any) -> torch.Tensor:
+        logits = right(self, *args)
+        calls.append(logits)
+        if len(calls) > 1:
+            logits[0, 0] = math.nan
+        return logits
+
+    monkeypatch.setattr(Bench, "own_logits", own_logits)
+    found = outcome(name, adapted)
+    assert found.status == "differs", shown(found)
+    assert found.parts[0].difference == math.inf
+
+
 def test_red_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, breaks = BREAKAGES["lora_init"]
     breaks(importlib.import_module(module), monkeypatch.setattr)
@@ -115,6 +136,28 @@ def test_the_bench_has_no_dropout() -> None:
     model = Attention()
     assert without_dropout(model) == 0.5
     assert (model.attention_dropout, model.layer.p) == (0.0, 0.0)
+
+
+def test_no_number_is_the_largest() -> None:
+    nan = math.nan
+    assert [largest(each) for each in ([], [0.0, 2.0, 1.0], [0.0, nan], [nan, 1.0])] == [
+        0,
+        2,
+        math.inf,
+        math.inf,
+    ]
+
+
+def test_a_run_that_logs_nan_agrees_with_none(tmp_path: Path) -> None:
+    runs = [RunDir(tmp_path / name) for name in ("one", "other")]
+    for run, losses in zip(runs, ([1.0, 1.0, 2.0], [1.0, math.nan, 2.5]), strict=True):
+        run.path.mkdir()
+        rows = [json.dumps({"step": i, "train/loss": loss}) + "\n" for i, loss in enumerate(losses)]
+        run.metrics.write_text("".join(rows))
+    (found,) = metric_agreement(*runs, after=-1)
+    assert (found.largest, found.step) == (math.inf, 1)
+    (difference,) = differences(*runs, after=-1, upto=9)
+    assert difference.size == math.inf
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -179,6 +222,13 @@ def test_unknown_names_and_order() -> None:
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_of_a_check_s_name_hides_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _sorted(["cache", "seed=1"]) == (["cache"], [], ["seed=1"])
+    assert _sorted(["resume", "./cache"]) == (["resume"], ["./cache"], [])
 
 
 @pytest.mark.parametrize(

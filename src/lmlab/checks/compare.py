@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmlab.checks.sizes import largest
 from lmlab.journal import RunDir
 
 MEASURED = ("time", "perf/", "memory/")
@@ -83,7 +84,7 @@ def differences(
                 else f"{len(rows[0])} and {len(rows[1])} lines"
             )
             alike = len(rows[0]) == len(rows[1])
-            size = max(_rows_apart(a, b) for a, b in pairs) if alike else math.inf
+            size = largest(_rows_apart(a, b) for a, b in pairs) if alike else math.inf
             yield Difference(f"{name}.jsonl: {first[:300]}", size)
     last = [sorted(path.name for path in run.checkpoints.glob("step-*")) for run in (one, other)]
     common = common_checkpoint(one, other, upto=upto)
@@ -106,7 +107,7 @@ def _rows_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """The largest relative difference of two logged lines' values."""
     if one.keys() != other.keys():
         return math.inf
-    return max(_apart(one[name], other[name]) for name in one)
+    return largest(_apart(one[name], other[name]) for name in one)
 
 
 def common_checkpoint(one: RunDir, other: RunDir, *, upto: int | None = None) -> str | None:
@@ -185,12 +186,12 @@ def metric_agreement(one: RunDir, other: RunDir, *, after: int, upto: int | None
 
 
 def _apart(one: Any, other: Any) -> float:
-    """Relative difference of two logged values."""
+    """Relative difference of two logged values; infinite where that is no number, as of NaN to anything."""
     if one == other:
         return 0.0
     if not all(isinstance(value, int | float) for value in (one, other)):
         return math.inf
-    return abs(one - other) / max(abs(one), abs(other))
+    return largest([abs(one - other) / max(abs(one), abs(other))])
 
 
 def _differences(path: str, one: Any, other: Any) -> Iterator[Difference]:
@@ -207,7 +208,7 @@ def _differences(path: str, one: Any, other: Any) -> Iterator[Difference]:
             shapes = f"{tuple(one.shape)} {one.dtype} against {tuple(other.shape)} {other.dtype}"
             yield Difference(f"{path}: {shapes}", math.inf)
         elif not torch.equal(one, other):
-            size = float((one.double() - other.double()).abs().max())
+            size = largest([float((one.double() - other.double()).abs().max())])
             yield Difference(f"{path}: apart by up to {size:.3g}", size)
     elif one != other:
         yield Difference(f"{path}: {str(one)[:80]} against {str(other)[:80]}", _apart(one, other))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmlab.checks.bench import Bench
+from lmlab.checks.sizes import largest
 from lmlab.checks.table import Part
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Watched:
                 if row is None or end in texts[row][:step]:
                     continue
                 expected = alone[row][1][step][1][0]
-                worst = max(worst, float((logits - expected).abs().max() / expected.abs().max()))
+                worst = largest((worst, float((logits - expected).abs().max() / expected.abs().max())))
                 matched += 1
         margin = 0.0
         for row, tokens in enumerate(found):
@@ -105,7 +106,7 @@ class Watched:
             place = wrong if wrong is not None else min(len(tokens), len(told))
             chosen = tokens[place] if place < len(tokens) else end
             gap = full[row][place].max() - full[row][place, chosen]
-            margin = max(margin, float(gap / full[row].abs().max()))
+            margin = largest((margin, float(gap / full[row].abs().max())))
         allowed = self.bench.rounding
         yield Part("logits of prompts together and alone", worst if matched else torch.inf, allowed)
         yield Part(

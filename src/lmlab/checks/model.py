@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmlab.checks.bench import ROUNDING, Bench
+from lmlab.checks.sizes import largest
 from lmlab.checks.table import Part, SkippedError, check
 
 if TYPE_CHECKING:
@@ -185,8 +186,9 @@ def cache(bench: Bench) -> Iterator[Part]:
         at = torch.arange(len(prompt) - 1, len(ids))
         logits = bench.own_logits(model, Example(ids, ids, (len(ids),)), at).cpu()
         full.append(logits)
-        worst = max(worst, _apart(logits, torch.cat([each for _, each in seen])[: len(logits)]))
-        margin = max(margin, _worse_than_best(logits, found[0]))
+        gap = _apart(logits, torch.cat([each for _, each in seen])[: len(logits)])
+        worst = largest((worst, gap))
+        margin = largest((margin, _worse_than_best(logits, found[0])))
     yield Part("logits with the cache and without", worst, bench.rounding)
     yield Part(
         "greedy tokens with the cache and without", margin, bench.rounding, "another token is the best"
@@ -240,8 +242,8 @@ def save_load(bench: Bench) -> Iterator[Part]:
         if other is None or other.shape != parameter.shape:
             gap = math.inf
         else:
-            gap = float((parameter.detach().double() - other.detach().double()).abs().max())
-        if not gap <= worst:
+            gap = largest([float((parameter.detach().double() - other.detach().double()).abs().max())])
+        if gap > worst:
             worst, name_of_worst = gap, name
     yield Part("trained tensors", worst, detail=name_of_worst)
     with torch.no_grad():
@@ -270,7 +272,7 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
 def _logits_part(
     what: str, one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], allowed: float, detail: str = ""
 ) -> Part:
-    return Part(what, max(_apart(a, b) for a, b in zip(one, other, strict=True)), allowed, detail)
+    return Part(what, largest(_apart(a, b) for a, b in zip(one, other, strict=True)), allowed, detail)
 
 
 def _gradient_part(

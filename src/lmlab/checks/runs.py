@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmlab.checks.bench import ALONE, Bench, changed
 from lmlab.checks.compare import Difference, differences, metric_agreement
+from lmlab.checks.sizes import largest
 from lmlab.checks.table import Part, SkippedError, check
 from lmlab.config.schema import RunConfig, mixed_precision_instead
 from lmlab.journal import RunDir, write_json
@@ -165,7 +166,7 @@ SGD = {
 
 
 def _exact(what: str, found: list[Difference]) -> Part:
-    worst = max((each.size for each in found), default=0.0)
+    worst = largest(each.size for each in found)
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return Part(what, worst, detail=f"{found[0].text[:160]}{more}" if found else "")
 
