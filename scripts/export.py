@@ -141,7 +141,11 @@ def _show(certificate: dict[str, object]) -> None:
     if certificate["verdict"] == "reported":
         print("reported, not certified: the adapter was trained over another base (--base original)")
     else:
-        print(f"certified: within {certificate['bound']:.1e}")
+        print(f"certified: within {certificate['bound']:.1e}{_rounding(certificate['dtype'])}")
+
+
+def _rounding(dtype: object) -> str:
+    return "" if dtype == "fp32" else f" but for the rounding to {dtype}, which the last difference tells"
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlab.export.certificate import (
-    BOUNDS,
+    BOUND,
     FORMAT,
     NEW_TOKENS,
     PROMPT_TOKENS,
@@ -148,31 +148,10 @@ def certify(job: ExportJob, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from lmlab.models.merge import merged
-
     trained = load_as_trained(job, base="dequantized")
     texts = write_on(trained.model, _prompts(job, trained))
-    bound = BOUNDS[job.dtype]
-    adapter = logits_of(trained.model, texts)
-    found: dict[str, Difference] = {}
-    if job.adapter_only:
-        own = logits_of(_with_peft_alone(job, folder), texts)
-        found["export_from_trained"] = difference(adapter, own, bound=bound)
-        certified = ["export_from_trained"]
-    else:
-        original = load_as_trained(job).model if job.base == "original" else None
-        plain = merged(trained.model if original is None else original)
-        del original
-        in_memory = logits_of(plain, texts)
-        del plain
-        own = logits_of(open_plain(folder), texts)
-        found["merged_from_trained"] = difference(adapter, in_memory, bound=BOUNDS["fp32"])
-        found["export_from_merged"] = difference(in_memory, own, bound=bound)
-        found["export_from_trained"] = difference(adapter, own, bound=bound)
-        exact = ["merged_from_trained"] if job.base == "dequantized" else []
-        verdict(found, bound=BOUNDS["fp32"], certified=exact)
-        certified = ["export_from_merged"] + (["export_from_trained"] if exact else [])
-    verdict(found, bound=bound, certified=certified)
+    own, found, certified = _compare(job, folder, trained.model, texts)
+    verdict(found, bound=BOUND, certified=certified)
     return {
         "format": FORMAT,
         "verdict": "certified" if job.base == "dequantized" else "reported",
@@ -183,8 +162,8 @@ def certify(job: ExportJob, folder: Path) -> dict[str, Any]:
         "base_stored_as": trained.quant.model_dump(mode="json"),
         "adapters": {"default": 1.0, **{name: weight for name, (_, weight) in job.adapters.items()}},
         "dtype": job.dtype,
-        "bound": bound,
-        "bound_of_merge": BOUNDS["fp32"],
+        "bound": BOUND,
+        "bounded": certified,
         "texts": len(texts),
         "differences": as_json(found),
         "reference": reference_of(texts, own),
@@ -194,6 +173,52 @@ def certify(job: ExportJob, folder: Path) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
     }
+
+
+def _compare(
+    job: ExportJob, folder: Path, trained: Any, texts: list[list[int]]
+) -> tuple[list[Any], dict[str, Difference], list[str]]:
+    """(The export's logits, all comparisons, those that the bound is for).
+
+    In 16 bits the export has to be the rounded merge; how far that is from what was trained is the format's doing.
+    """
+    from lmlab.models.merge import merged
+
+    adapter = logits_of(trained, texts)
+    if job.adapter_only:
+        own = logits_of(_with_peft_alone(job, folder), texts)
+        return own, {"export_from_trained": difference(adapter, own, bound=BOUND)}, ["export_from_trained"]
+    original = load_as_trained(job).model if job.base == "original" else None
+    plain = merged(trained if original is None else original)
+    del original
+    in_memory = logits_of(plain, texts)
+    rounded = in_memory
+    if job.dtype != "fp32":
+        round_weights(plain, job.dtype)
+        rounded = logits_of(plain, texts)
+    del plain
+    own = logits_of(open_plain(folder), texts)
+    found = {
+        "merged_from_trained": difference(adapter, in_memory, bound=BOUND),
+        "export_from_merged": difference(rounded, own, bound=BOUND),
+        "export_from_trained": difference(adapter, own, bound=BOUND),
+    }
+    certified = ["export_from_merged"]
+    if job.base == "dequantized":
+        certified.insert(0, "merged_from_trained")
+        if job.dtype == "fp32":
+            certified.append("export_from_trained")
+    return own, found, certified
+
+
+def round_weights(model: Any, dtype: str) -> None:
+    """Each fp32 weight to the nearest that ``dtype`` holds, in place and still in fp32: what an export stores."""
+    import torch
+
+    stored = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(stored))
 
 
 def _prompts(job: ExportJob, usable: Any) -> list[list[int]]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lmlab.certify import certify, verify, verify_against_run
-from lmlab.export.certificate import BOUNDS, NAME, check_files, check_reference
+from lmlab.export.certificate import BOUND, NAME, check_files, check_reference
 from lmlab.export.job import ExportJob
 from lmlab.exporting import export
 from lmlab.journal import RunDir, read_json
@@ -150,6 +150,31 @@ def test_a_wrong_merge_is_refused(exported: Path, runs: MakeRun, tmp_path: Path)
         certify(ExportJob(str(run)), exported)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("fault", [None, "a layer lost", "scale x 0.99"])
+def test_a_broken_export_in_16_bits_is_refused(
+    runs: MakeRun, tmp_path: Path, dtype: str, fault: str | None
+) -> None:
+    """The rounding itself moves the logits farther than these faults do, so it must not hide them."""
+    from peft.tuners.lora import LoraLayer
+
+    from lmlab.certify import load_as_trained
+    from lmlab.models.merge import merged
+
+    job = ExportJob(str(runs("lora").path), dtype=dtype)
+    model = load_as_trained(job).model
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and fault and (fault != "a layer lost" or "layers.0." in name):
+            layer.scaling["default"] *= 0 if fault == "a layer lost" else 0.99
+    stored = torch.bfloat16 if dtype == "bf16" else torch.float16
+    merged(model, dtype=stored).save_pretrained(tmp_path)
+    if fault is None:
+        assert certify(job, tmp_path)["differences"]["export_from_merged"]["max_absolute"] == 0
+    else:
+        with pytest.raises(UserError, match="not certified: export from merged differs by"):
+            certify(job, tmp_path)
+
+
 def test_an_export_that_fails_leaves_nothing(
     runs: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,9 +198,9 @@ def test_every_kind_of_run_in_every_dtype(runs: MakeRun, tmp_path: Path, kind: s
     export(ExportJob(str(runs(kind).path), dtype=dtype), to, say=QUIET)
     found = certificate_of(to)
     assert found["verdict"] == "certified"
-    assert found["bound"] == BOUNDS[dtype]
+    assert found["bound"] == BOUND
+    assert found["differences"]["export_from_merged"]["max_absolute"] == 0, "bit for bit the rounded merge"
     apart = found["differences"]["export_from_trained"]["max_relative"]
-    assert apart < BOUNDS[dtype]
     assert (apart > 1e-5) == (dtype != "fp32"), "a rounded export cannot be nearer, an exact one not farther"
     assert (
         json.loads((to / "config.json").read_text())["dtype"]

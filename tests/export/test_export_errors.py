@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmlab.export.certificate import BOUNDS, Difference, difference, verdict
+from lmlab.export.certificate import BOUND, Difference, difference, verdict
 from lmlab.export.directory import check_finite, check_portable, check_target, made_beside
 from lmlab.export.job import ExportJob, parse_adapters
 from lmlab.export.serving import find_converter
@@ -162,7 +162,7 @@ def test_a_difference_is_measured_over_all_positions() -> None:
 
 def test_nan_is_within_no_bound() -> None:
     found = difference([torch.ones(1, 3)], [torch.full((1, 3), torch.nan)], bound=1e-4)
-    assert not found.within(BOUNDS["bf16"])
+    assert not found.within(BOUND)
 
 
 def test_a_verdict_names_its_figures() -> None:

@@ -353,6 +353,11 @@ def _certified(facts: CardFacts) -> str:
             f"Certified: on {certificate['texts']} texts the models below compute the same logits, within "
             f"{certificate['bound']:.0e} of the largest one ({certificate['dtype']} weights, fp32 arithmetic)."
         )
+        if certificate["dtype"] != "fp32":
+            lines[-1] += (
+                f" The merged model's weights are rounded to {certificate['dtype']} in the second row. The last row "
+                "has no bound: it says what that rounding costs."
+            )
     lines += [
         "",
         "| compared | largest difference, relative | greedy choices alike |",

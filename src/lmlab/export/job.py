@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmlab.export.certificate import BOUNDS
+from lmlab.export.certificate import DTYPES
 from lmlab.journal import RunDir, read_json
 from lmlab.records import UserError
 
@@ -45,9 +45,9 @@ class ExportJob:
         Raises:
             UserError: no run, no weights in it, an unknown dtype or base, or options that contradict one another.
         """
-        if self.dtype not in BOUNDS:
+        if self.dtype not in DTYPES:
             raise UserError(
-                f"unknown dtype '{self.dtype}'", where="--dtype", fix=f"one of {', '.join(BOUNDS)}"
+                f"unknown dtype '{self.dtype}'", where="--dtype", fix=f"one of {', '.join(DTYPES)}"
             )
         if self.base in STORED:
             raise UserError(
