@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from lmlab.chat.choice import chosen_sampler, further_adapters
+    from lmlab.chat.choice import check_seed, chosen_sampler, further_adapters
 
+    check_seed(options.seed, where="--seed")
     adapters = further_adapters(options.adapter)
     changes = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
     chosen_sampler({}, options.sampler, changes)  # a wrong one is told before anything is loaded

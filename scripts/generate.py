@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lmlab.config.compose import load_env, report_error
 from lmlab.records import RunFailedError, UserError
+
+if TYPE_CHECKING:
+    from lmlab.chat.prompts import Asked
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size",
             "begins_with", "json_schema", "max_new_tokens")  # fmt: skip
@@ -89,28 +93,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from lmlab.chat.choice import chosen_sampler, further_adapters, using
+    from lmlab.chat.choice import check_seed, chosen_sampler, further_adapters, using
     from lmlab.chat.prompts import read_prompts
     from lmlab.chat.writing import Output, full_prompts, write_texts
 
-    if options.batch_size < 1:
-        raise UserError("no batch", where="--batch-size", fix="1 or more")
-    if options.stdin and options.prompts_file:
-        raise UserError("two sources of prompts", where="-", fix="give either - or --prompts-file")
+    _refuse(options)
     adapters = further_adapters(options.adapter)
     names, changes = options.sampler or [None], _changes(options)
     if options.sampler:  # a wrong one is told before anything is loaded
         for name in names:
             chosen_sampler({}, name, changes)
     asked = read_prompts(options.prompt, options.stdin or options.prompts_file)
-    if (
-        options.out
-        and options.prompts_file
-        and os.path.realpath(options.out) == os.path.realpath(options.prompts_file)
-    ):
-        raise UserError(
-            "the prompts would be overwritten", where=options.out, fix="name another file with --out"
-        )
+    check_seed(options.seed, where="--seed", texts=len(asked))
+    if options.out:
+        _refuse_lost_fields(asked)
     alone = len(asked) * len(names) == 1
     streams = options.stream if options.stream is not None else alone and sys.stdout.isatty()
     output = Output(options.out, streams=streams)
@@ -133,6 +129,45 @@ def _generate(options: argparse.Namespace) -> int:
             on_text=output.piece if output.streams else None,
         )
         return output.write(rows, asked=asked, full=full, samplers=list(samplers))
+
+
+def _refuse(options: argparse.Namespace) -> None:
+    """Raise UserError for options that contradict each other, one of which would go unheard."""
+    if options.batch_size < 1:
+        raise UserError("no batch", where="--batch-size", fix="1 or more")
+    if options.stdin and options.prompts_file:
+        raise UserError("two sources of prompts", where="-", fix="give either - or --prompts-file")
+    if options.raw and options.system:
+        raise UserError("a system message with --raw", where="--system", fix="leave one of them out")
+    if options.out and options.stream:
+        raise UserError("texts go to a file, not here", where="--stream", fix="leave --stream or --out out")
+    names = options.sampler or []
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twice[0]} is named twice", where="--sampler", fix="name it once")
+    if (
+        options.out
+        and options.prompts_file
+        and os.path.realpath(options.out) == os.path.realpath(options.prompts_file)
+    ):
+        raise UserError(
+            "the prompts would be overwritten", where=options.out, fix="name another file with --out"
+        )
+    for text in options.stop or []:
+        if "\\n" in text:
+            print(
+                f"warning: --stop {text!r} holds a backslash and an n, not a new line: in bash write $'\\n'",
+                file=sys.stderr,
+            )
+
+
+def _refuse_lost_fields(asked: Sequence[Asked]) -> None:
+    """Raise UserError for a prompt's line with a field that its output line has for something else."""
+    from lmlab.chat.writing import ROW
+
+    for one in asked:
+        if taken := [name for name in ROW if name in one.carried]:
+            what = f"its field {taken[0]} would be overwritten in the output"
+            raise UserError(what, where=one.where, fix="give that field another name")
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:

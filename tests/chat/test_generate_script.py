@@ -195,6 +195,13 @@ LONG = "word " * 600
         (["--prompt", "x", "--out", "/nowhere/out.jsonl"], "cannot be written: No such file or directory (/nowhere/out.jsonl)"),
         (["--prompt", LONG], "tokens and the model's context is 512 (--prompt): shorten it to at most 511 tokens"),
         (["--prompt", "x", "--system", "y"], "a system message needs a model trained on conversations (--prompt): "),
+        (["--prompt", "x", "--seed", "99999999999999999999"], "the seed 99999999999999999999 is out of range (--seed): "),
+        (["--prompt", "x", "--prompt", "y", "--seed", str(2**63 - 1)], f"the seed {2**63} is out of range (--seed): "),
+        (["--prompt", "x", "--seed", "-1"], "the seed -1 is out of range (--seed): "),
+        (["--prompt", "x", "--sampler", "../adapter/qlora"], "unknown sampler '../adapter/qlora'"),
+        (["--prompt", "x", "--raw", "--system", "y"], "a system message with --raw (--system): "),
+        (["--prompt", "x", "--out", "x.jsonl", "--stream"], "texts go to a file, not here (--stream): "),
+        (["--prompt", "x", "--sampler", "greedy", "--sampler", "greedy"], "greedy is named twice (--sampler): "),
         (["-", "--prompts-file", "x"], "two sources of prompts (-): "),
         (["--prompts-file", "nowhere.txt"], "prompts cannot be read: No such file or directory (nowhere.txt): "),
     ],
@@ -222,3 +229,41 @@ def test_prompts_are_not_overwritten_and_a_long_one_names_its_line(
     assert generate(str(BASE), "--prompts-file", str(asked), "--out", str(kept)) == 2
     assert f"({asked}:3): shorten it" in capsys.readouterr().err
     assert kept.read_text(encoding="utf-8") == "of an earlier run\n", "nothing was written yet"
+
+
+def test_what_a_line_says_itself_is_not_lost(
+    generate: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    asked.write_text('{"prompt": "x"}\n{"prompt": "y", "text": "mine"}\n', encoding="utf-8")
+    assert generate(str(BASE), "--prompts-file", str(asked), "--out", str(out)) == 2
+    said = f"its field text would be overwritten in the output ({asked}:2): "
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+    asked.write_text('{"prompt": "x", "system": "Be brief."}\n', encoding="utf-8")
+    assert generate(str(BASE), "--prompts-file", str(asked), "--raw") == 2
+    assert f"a system message with --raw ({asked}:1): " in capsys.readouterr().err
+
+
+def test_the_old_file_is_there_until_the_first_text(
+    generate: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "__call__", interrupted)
+    out = tmp_path / "out.jsonl"
+    out.write_text("of an earlier run\n", encoding="utf-8")
+    assert generate(str(BASE), "--prompt", "x", "--out", str(out)) == 130
+    assert capsys.readouterr().err == "\ninterrupted: 0 of 1 texts are written\n"
+    assert out.read_text(encoding="utf-8") == "of an earlier run\n"
+
+
+def test_a_stop_string_with_a_backslash_is_said(generate: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    told = [str(BASE), "--prompt", "x", "--max-new-tokens", "1", "--stop"]
+    assert generate(*told, "\\n\\n") == 0
+    err = capsys.readouterr().err
+    assert err.startswith("warning: --stop ")
+    assert "in bash write $'\\n'" in err
+    assert generate(*told, "\n") == 0
+    assert capsys.readouterr().err == ""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from lmlab.chat.dialogue import Dialogue
-from lmlab.chat.page import HOST, OFF, SLIDERS, _Page, free_port
+from lmlab.chat.page import HOST, OFF, SLIDERS, _Page, build_page, free_port, launch
 from lmlab.config.named import named_sampler, sampler_names
 from lmlab.records import UserError
 
@@ -20,19 +23,15 @@ from .conftest import BASE
 
 @pytest.mark.parametrize("kind", sampler_names())
 def test_untouched_sliders_are_the_sampler_as_it_is(base: Any, kind: str) -> None:
-    page = _Page(Dialogue(base), "x", named_sampler("greedy", {"max_new_tokens": 2000, "stop": ["\n"]}))
+    own = {"max_new_tokens": 2000, "stop": ["\n"], "repetition_penalty": 0.3}
+    page = _Page(Dialogue(base), "x", named_sampler("greedy", own))
     looks = page._looks(kind)
     assert [look["visible"] for look in looks] == [
         field in named_sampler(kind).model_dump() for field in SLIDERS
     ]
-    assert all(look["value"] <= look["maximum"] for look in looks)
+    assert all(look["minimum"] <= look["value"] <= look["maximum"] for look in looks)
     chosen = page._chosen(kind, tuple(look["value"] for look in looks))
-    if kind == "greedy":
-        assert (chosen.max_new_tokens, chosen.stop) == (2000, ["\n"]), (
-            "the run's own, beyond the slider's end"
-        )
-    else:
-        assert chosen == named_sampler(kind)
+    assert chosen == named_sampler(kind, own), "what all have is the run's own, beyond the sliders' ends"
 
 
 def test_a_moved_slider_counts_and_at_its_end_a_setting_is_off_again(base: Any) -> None:
@@ -42,6 +41,10 @@ def test_a_moved_slider_counts_and_at_its_end_a_setting_is_off_again(base: Any) 
     moved = {**values, "min_p": 0.2, "top_k": 7.0, "max_new_tokens": 12.0}
     chosen = page._chosen("combined", tuple(moved.values()))
     assert chosen == named_sampler("combined", {"min_p": 0.2, "top_k": 7, "max_new_tokens": 12})
+    off = {**values, "top_k": 0, "top_p": 1.0}
+    assert page._chosen("combined", tuple(off.values())) == named_sampler(
+        "combined", {"top_k": None, "top_p": None}
+    )
     with pytest.raises(UserError, match="top_k=0 is not allowed"):
         page._chosen("top_k", tuple({**values, "top_k": 0}.values()))
 
@@ -76,6 +79,7 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("told", "error"),
     [
+        (["--seed", str(2**63)], f"the seed {2**63} is out of range (--seed): "),
         (["--sampler", "gredy"], "unknown sampler 'gredy'"),
         (["--max-new-tokens", "0"], "max_new_tokens=0 is not allowed"),
         (["--adapter", "base=x"], "the name 'base' is taken (--adapter): "),
@@ -105,3 +109,21 @@ def test_wrong_choices_for_a_model(
     ):
         assert script("chat").main([str(BASE), *told]) == 2
         assert error in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_environment_opens_no_folder(base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    secret = tmp_path / "secret.txt"
+    secret.write_text("x", encoding="utf-8")
+    monkeypatch.setenv("GRADIO_ALLOWED_PATHS", str(tmp_path))
+    monkeypatch.setenv("GRADIO_ROOT_PATH", "/elsewhere")
+    page, port = build_page(Dialogue(base), name="x", sampler=named_sampler("greedy"), seed=0), free_port(0)
+    try:
+        launch(page, port)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://{HOST}:{port}/gradio_api/file={secret}", timeout=30)
+        assert caught.value.code == 403
+        assert page.root_path == ""
+    finally:
+        page.close(verbose=False)

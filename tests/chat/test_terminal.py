@@ -57,6 +57,18 @@ def test_commands(tuned: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "[4 tokens, cut at max_new_tokens; seed 5]" in out
 
 
+def test_constraints_stay_with_another_sampler_and_lists_may_hold_blanks(base: Any) -> None:
+    terminal, _ = talk(
+        base,
+        """/sampler stop=["a b", 'c d'] begins_with=Don't repetition_penalty=1.5""",
+        "/sampler top_k top_k=3",
+    )
+    kept = {"stop": ["a b", "c d"], "begins_with": "Don't", "repetition_penalty": 1.5, "max_new_tokens": 8}
+    assert terminal.sampler == named_sampler("top_k", {**kept, "top_k": 3})
+    terminal, _ = talk(base, '/sampler stop=["\\n"] max_new_tokens=4')
+    assert terminal.sampler == named_sampler("greedy", {"stop": ["\n"], "max_new_tokens": 4})
+
+
 @pytest.mark.parametrize(
     ("line", "error"),
     [
@@ -67,6 +79,8 @@ def test_commands(tuned: Any, capsys: pytest.CaptureFixture[str]) -> None:
         ("/sampler max_new_tokens", "unknown sampler 'max_new_tokens'"),
         ("/sampler greedy temperature", "no value in 'temperature' (/sampler): write setting=value"),
         ("/sampler max_new_tokens=[", "not a value: '[' (/sampler max_new_tokens): "),
+        ("/seed 99999999999999999999", "the seed 99999999999999999999 is out of range (/seed): "),
+        ("/sampler ../adapter/qlora", "unknown sampler '../adapter/qlora' (sampler): "),
         ("/seed one", "not a whole number: 'one' (/seed): "),
         ("/system Be brief.", "a system message needs a model trained on conversations (system): "),
         ("word " * 600, "tokens with its template and the model's context is 512 (message): shorten it"),

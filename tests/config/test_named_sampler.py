@@ -41,6 +41,8 @@ def test_overrides_are_checked_like_any_value() -> None:
             {},
             r"unknown sampler 'topp' \(sampler\): did you mean 'top_p'\? one of combined, greedy, min_p",
         ),
+        ("../adapter/qlora", {}, "unknown sampler '../adapter/qlora'"),
+        ("_constraints", {}, "unknown sampler '_constraints'"),
         ("greedy", {"top_k": 3}, "greedy has no top_k"),
         ("top_p", {"top_p": 2.0}, r"top_p=2.0 is not allowed \(sampler top_p\): Input should be less than"),
         ("greedy", {"repetition_penalty": 0.0}, "Input should be greater than 0"),

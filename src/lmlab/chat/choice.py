@@ -31,6 +31,21 @@ def chosen_sampler(own: Mapping[str, Any], name: str | None, changes: Mapping[st
     return named_sampler(name or "greedy", changes)
 
 
+def common_settings(sampler: SamplerConfig) -> dict[str, Any]:
+    """What any other sampler takes over from ``sampler``: how much is written, and all constraints."""
+    from lmlab.generation.samplers import SamplerConfig
+
+    return {name: getattr(sampler, name) for name in SamplerConfig.model_fields if name != "kind"}
+
+
+def check_seed(seed: int, *, where: str, texts: int = 1) -> None:
+    """Raise UserError if ``seed``, or the last of ``texts`` that follow it one by one, is none: 0 to 2^63 - 1."""
+    last = seed + texts - 1
+    if seed < 0 or last >= 1 << 63:
+        what = f"the seed {seed if seed < 0 else last} is out of range"
+        raise UserError(what, where=where, fix="choose one from 0 to 2^63 - 1")
+
+
 def further_adapters(given: Sequence[str]) -> dict[str, str]:
     """``["name=DIR", ...]`` as name -> directory.
 

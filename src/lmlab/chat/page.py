@@ -15,9 +15,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from lmlab.chat.choice import chosen_sampler
+from lmlab.chat.choice import check_seed, chosen_sampler, common_settings
 from lmlab.chat.dialogue import MEMORY, Dialogue, Reply
 from lmlab.config.named import sampler_names
 from lmlab.records import RunFailedError, UserError
@@ -112,6 +112,8 @@ def launch(page: Any, port: int) -> None:
     """Start the page's server in a thread; what the environment says of sharing, paths or extensions is not asked."""
     import gradio as gr
 
+    for name in ("GRADIO_ALLOWED_PATHS", "GRADIO_ROOT_PATH"):  # read also where an argument says none
+        os.environ.pop(name, None)
     fonts = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]
     mono = [gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")]
     page.launch(
@@ -223,7 +225,7 @@ class _Page:
         )
         with gr.Row():
             self.sliders = [
-                gr.Slider(*span[:2], step=span[2], label=field, elem_id=field, min_width=170, **look)
+                gr.Slider(step=span[2], label=field, elem_id=field, min_width=170, **look)
                 for (field, span), look in zip(SLIDERS.items(), self._looks(self.own.kind), strict=True)
             ]
         self.seed = gr.Number(
@@ -288,8 +290,12 @@ class _Page:
         # The second is the button that Gradio puts on the conversation.
         gr.on([self.clear.click, self.chat.clear], lambda: ([], [], "", ""), None, emptied, **quick)
 
+        common = common_settings(self.own)
+
         def sliders(kind: str) -> list[Any]:
-            return [gr.update(**look) for look in self._looks(kind)]
+            # What every sampler has stays where it was moved to.
+            looks = zip(SLIDERS, self._looks(kind), strict=True)
+            return [gr.update() if field in common else gr.update(**look) for field, look in looks]
 
         def told(adapter: str) -> tuple[str, Any]:
             return self._about(adapter), gr.update(visible=self.dialogue.memory(adapter) == "chat")
@@ -311,7 +317,8 @@ class _Page:
 
     def _values(self, kind: str) -> dict[str, Any]:
         """A sampler's settings before any slider is moved."""
-        named = self.own if kind == self.own.kind else chosen_sampler({}, kind, {})
+        own = kind == self.own.kind
+        named = self.own if own else chosen_sampler({}, kind, common_settings(self.own))
         return named.model_dump()
 
     def _looks(self, kind: str) -> list[dict[str, Any]]:
@@ -320,18 +327,19 @@ class _Page:
         looks = []
         for field, (lowest, highest, _) in SLIDERS.items():
             value = OFF[field] if values.get(field, 0) is None else values.get(field, lowest)
-            looks.append({"visible": field in values, "value": value, "maximum": max(highest, value)})
+            span = {"minimum": min(lowest, value), "maximum": max(highest, value)}
+            looks.append({"visible": field in values, "value": value, **span})
         return looks
 
     def _chosen(self, kind: str, moved: tuple[Any, ...]) -> SamplerConfig:
-        values = self._values(kind)
-        changes = {
-            field: None
-            if values[field] is None and value == OFF.get(field)
-            else type(SLIDERS[field][2])(value)
-            for field, value in zip(SLIDERS, moved, strict=True)
-            if field in values
-        }
+        from lmlab.generation.samplers import samplers
+
+        values, fields = self._values(kind), samplers.class_of(self._values(kind)["kind"]).model_fields
+        changes: dict[str, Any] = {}
+        for field, value in zip(SLIDERS, moved, strict=True):
+            if field in values and value != values[field]:
+                off = value == OFF.get(field) and type(None) in get_args(fields[field].annotation)
+                changes[field] = None if off else type(SLIDERS[field][2])(value)
         return chosen_sampler(values, None, changes)
 
     # --- an answer ----------------------------------------------------------------------------------------------------
@@ -354,6 +362,7 @@ class _Page:
         yield {**running, self.chat: _drawn(asked), self.message: "", self.status: "writing ..."}
         text, drawn_at = "", 0.0
         try:
+            check_seed(int(seed), where="seed")
             has_system = self.dialogue.memory(adapter) == "chat"
             for item in self.dialogue.stream(
                 asked,

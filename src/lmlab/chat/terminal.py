@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lmlab.chat.choice import chosen_sampler
+from lmlab.chat.choice import check_seed, chosen_sampler, common_settings
 from lmlab.chat.dialogue import MEMORY, Dialogue
 from lmlab.config.named import sampler_names
 from lmlab.records import RunFailedError, UserError
@@ -21,11 +22,17 @@ if TYPE_CHECKING:
 HELP = """\
 /reset               begin anew
 /system TEXT         a system message before the conversation (without TEXT: none)
-/sampler NAME k=v    how answers are drawn, e.g. /sampler top_p_temperature temperature=0.7; without NAME only settings change
+/sampler NAME k=v    how answers are drawn, e.g. /sampler top_p_temperature temperature=0.7; without k=v
+                     all but its own settings stay, without NAME only those named change
 /adapter NAME        another adapter, or base for the model without any
 /seed N              of the next answer; the one after it has N + 1
 /quit                end (so does Ctrl-D); Ctrl-C stops an answer, or ends
 A message that begins with a slash: write two."""
+
+
+QUOTED = r'"(?:\\.|[^"\\])*"|\'[^\']*\''
+WORD = re.compile(rf"(?:{QUOTED}|\[(?:{QUOTED}|[^\]\"'])*\]|\S)+")
+"""What blanks set apart, where they stand outside quotes and YAML lists."""
 
 
 class Terminal:
@@ -127,10 +134,13 @@ class Terminal:
         return self._say("system message set" if rest else "no system message")
 
     def _sampler(self, rest: str) -> bool:
-        words = rest.split()
+        words = WORD.findall(rest)
         named = bool(words) and "=" not in words[0]
         changes = _settings(words[1:] if named else words)
-        self.sampler = chosen_sampler(self.sampler.model_dump(), words[0] if named else None, changes)
+        if named:
+            self.sampler = chosen_sampler({}, words[0], {**common_settings(self.sampler), **changes})
+        else:
+            self.sampler = chosen_sampler(self.sampler.model_dump(), None, changes)
         told = " ".join(f"{key}={value}" for key, value in self.sampler.model_dump().items())
         return self._say(f"{told}" + ("" if words else f"\n(named ones: {', '.join(sampler_names())})"))
 
@@ -146,9 +156,11 @@ class Terminal:
 
     def _seed(self, rest: str) -> bool:
         try:
-            self.seed = int(rest)
+            seed = int(rest)
         except ValueError as error:
             raise UserError(f"not a whole number: '{rest}'", where="/seed", fix="e.g. /seed 7") from error
+        check_seed(seed, where="/seed")
+        self.seed = seed
         return True
 
     def _write(self, text: str) -> None:

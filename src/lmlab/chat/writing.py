@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ def full_prompts(usable: UsableModel, asked: Sequence[Asked], *, system: str | N
     limit = context_length(usable.generator.model)
     found = []
     for one in asked:
+        if raw and one.system is not None:
+            raise UserError("a system message with --raw", where=one.where, fix="leave one of them out")
         own = one.system if one.system is not None else system
         try:
             text = one.text if raw else usable.prompting(one.text, system=own)
@@ -100,6 +102,10 @@ def write_texts(
                 ]
 
 
+ROW = ("prompt", "sampler", "seed", "text", "new_tokens", "stop_reason", "mean_entropy")
+"""The fields of an output line, before which come those that its prompt's line carried."""
+
+
 class Output:
     """Where texts go: a file of JSON lines, complete up to the batch it was interrupted in, or the terminal.
 
@@ -143,8 +149,13 @@ class Output:
         ]
         progress = self.file is not None and sys.stderr.isatty()
         try:
-            with self._opened() as lines:
+            with ExitStack() as stack:
+                lines: IO[str] | None = None
                 for rows in batches:
+                    if self.file is not None and lines is None:  # only now is what it held before replaced
+                        lines = stack.enter_context(
+                            open(self.file, "w", encoding="utf-8", errors="backslashreplace")
+                        )
                     for row in rows:
                         self._row(row, lines)
                     if progress:
@@ -170,11 +181,6 @@ class Output:
         if not self._begun:
             self._print(self._headings[self._done])
         self._begun = True
-
-    def _opened(self) -> AbstractContextManager[IO[str] | None]:
-        if self.file is None:
-            return nullcontext()
-        return open(self.file, "w", encoding="utf-8", errors="backslashreplace")
 
     def _row(self, row: Mapping[str, Any], lines: IO[str] | None) -> None:
         if lines is not None:

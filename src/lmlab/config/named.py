@@ -22,6 +22,8 @@ def named_sampler(name: str, overrides: Mapping[str, Any] | None = None) -> Samp
     Raises:
         UserError: no such sampler, a field that it does not have, or a value out of range.
     """
+    if name not in sampler_names():  # also a path, which would be read as a file
+        raise UserError(f"unknown sampler '{name}'", where="sampler", fix=suggest(name, sampler_names()))
     return load_sampler({**_values(CONF / "sampler" / f"{name}.yaml"), **(overrides or {})})
 
 
@@ -33,10 +35,6 @@ def sampler_names() -> list[str]:
 def _values(file: Path) -> dict[str, Any]:
     import yaml
 
-    if not file.is_file():
-        raise UserError(
-            f"unknown sampler '{file.stem}'", where="sampler", fix=suggest(file.stem, sampler_names())
-        )
     own = yaml.safe_load(file.read_text(encoding="utf-8"))
     values: dict[str, Any] = {}
     for entry in own.pop("defaults", ["_self_"]):
