@@ -49,3 +49,11 @@ def test_a_sample_has_every_figure_and_none_where_there_is_nothing_to_measure() 
     later = text_figures("one two three four five", earlier="one two", mean_entropy=1.25)
     assert later == {"distinct_1": 1.0, "distinct_2": 1.0, "seq_rep_4": 0.0, "mean_entropy": 1.25,
                      "similarity": 4 / 7}  # fmt: skip
+
+
+def test_texts_that_would_take_minutes_are_not_compared() -> None:
+    assert similarity("the " * 200, "the " * 200) == 1.0
+    assert similarity("the " * 20_000, "the " * 20_000) is None
+    spread = " ".join(f"word{number}" for number in range(2000))
+    assert similarity(spread, spread) == 1.0, "length alone is no reason"
+    assert text_figures("the " * 20_000, earlier="the " * 20_000, mean_entropy=None)["similarity"] is None

@@ -286,6 +286,12 @@ def test_a_word_diff_gives_both_texts_back() -> None:
     assert word_diff(old, old) == [("same", old)]
     assert word_diff("", "") == []
     assert word_diff("x" * 10_001, "y" * 10_000) is None
+    assert word_diff("! " * 4000, "! " * 4000) is None, "few characters, but 4000 x 4000 pairs"
+    assert word_diff("a b", "a\nb c") == [
+        ("same", "a"), ("gone", " "), ("new", "\n"), ("same", "b"), ("new", " c")
+    ]  # fmt: skip
+    unlike = [" ".join(f"{mark}{number}" for number in range(1000)) for mark in "ab"]
+    assert word_diff(*unlike) == [("gone", unlike[0]), ("new", unlike[1])]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from difflib import SequenceMatcher
+
+from lmlab.tracking.sample_view import alignment
 
 WORD = re.compile(r"\w+|[^\w\s]")
 REPEATED_NGRAM = 4
@@ -35,12 +36,13 @@ def repetition(units: Sequence[str], n: int = REPEATED_NGRAM) -> float | None:
     return None if share is None else 1 - share
 
 
-def similarity(text: str, earlier: str) -> float:
+def similarity(text: str, earlier: str) -> float | None:
     """2 M / T over words, M of them matched in order among the T of both texts (Ratcliff and Obershelp), in [0, 1].
 
-    Two texts without a word are equal: 1.
+    Two texts without a word are equal: 1. None of texts too long, or too repetitive, to be compared.
     """
-    return SequenceMatcher(None, words(earlier), words(text), autojunk=False).ratio()
+    aligned = alignment(words(earlier), words(text))
+    return None if aligned is None else aligned.ratio()
 
 
 def text_figures(text: str, *, earlier: str | None, mean_entropy: float | None) -> dict[str, float | None]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import SequenceMatcher
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
 from lmlab.records import Sample
@@ -26,9 +29,12 @@ SHOWN_FIGURES = {
 Pair = tuple[Mapping[str, Any], Mapping[str, Any] | None]
 """A row of samples.jsonl, and the one before it of the same prompt and sampler."""
 Change = tuple[Literal["same", "gone", "new"], str]
-PIECE = re.compile(r"\s+|\w+|[^\w\s]")
+PIECE = re.compile(r"^\s+|(?:\w+|[^\w\s])\s*")
+"""A word or a mark with the white space after it."""
 LONGEST = 20_000
-"""Characters of two texts together, beyond which they are not compared: it would take seconds."""
+"""Characters of two texts together, beyond which their differences are not shown."""
+MOST_WORK = 20_000_000
+"""Bound on the steps of one comparison of two texts, one to two seconds: see `alignment`."""
 
 
 def sample_groups(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -85,28 +91,54 @@ def sample_figures(row: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def alignment(earlier: Sequence[str], words: Sequence[str]) -> SequenceMatcher[str] | None:
+    """The words that two texts share in order (Ratcliff and Obershelp).
+
+    Returns:
+        None where it could take too long: one pass costs as many steps as there are pairs of equal words, of a text
+        that repeats itself words x words, and there are up to as many passes as words.
+    """
+    before, after = Counter(earlier), Counter(words)
+    pairs = sum(count * after[word] for word, count in before.items())
+    if pairs * min(len(earlier), len(words)) > MOST_WORK:
+        return None
+    return SequenceMatcher(None, earlier, words, autojunk=False)
+
+
 def word_diff(earlier: str, text: str) -> list[Change] | None:
     """The way from ``earlier`` to ``text``; all but ``gone`` joined is ``text``, all but ``new`` is ``earlier``.
 
-    White space alone between two changes belongs to both of them, so that a phrase written anew is one change.
+    White space belongs to the word before it, so that a phrase written anew is one change.
 
     Returns:
-        None of texts too long to be compared.
+        None of texts too long, or too repetitive, to be compared.
     """
     if len(earlier) + len(text) > LONGEST:
         return None
     old, new = PIECE.findall(earlier), PIECE.findall(text)
+    aligned = alignment([piece.rstrip() for piece in old], [piece.rstrip() for piece in new])
+    if aligned is None:
+        return None
     changes: list[Change] = []
     gone = came = ""
-    for kind, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        before, after = "".join(old[a:b]), "".join(new[c:d])
-        if kind != "equal" or (not before.strip() and (gone or came)):
-            gone, came = gone + before, came + after
+    for kind, a, b, c, d in aligned.get_opcodes():
+        if kind != "equal":
+            gone, came = gone + "".join(old[a:b]), came + "".join(new[c:d])
             continue
-        changes += _change(gone, came)
-        changes.append(("same", before))
-        gone = came = ""
-    return changes + _change(gone, came)
+        for before, after in zip(old[a:b], new[c:d], strict=True):
+            changes += _change(gone, came)
+            stays = before if before == after else before.rstrip()
+            changes.append(("same", stays))
+            gone, came = before[len(stays) :], after[len(stays) :]
+    return _joined(changes + _change(gone, came))
+
+
+def _joined(changes: Iterable[Change]) -> list[Change]:
+    """Neighbours of one kind as one, none of them empty."""
+    parts = (
+        (kind, "".join(text for _, text in group)) for kind, group in groupby(changes, key=itemgetter(0))
+    )
+    return [(kind, text) for kind, text in parts if text]
 
 
 def _change(gone: str, came: str) -> list[Change]:
