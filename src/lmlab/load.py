@@ -124,15 +124,19 @@ def load_for_use(
 
 
 def weights_folder(path: Path, *, use_best: bool) -> Path | None:
-    """The folder with weights that ``path`` means, None if it is not a local directory."""
-    if not path.is_dir():
-        return None
-    roots = [path / "best"] if use_best else [path]
-    for root in roots:
-        for name in ("adapter", "model"):
-            if (root / name).is_dir():
-                return root / name
-    return path
+    """The folder with weights that ``path`` means, None if it is not a local directory.
+
+    Raises:
+        UserError: the best weights are asked for of what has none: it would be others that are used.
+    """
+    root = path / "best" if use_best else path
+    for name in ("adapter", "model"):
+        if (root / name).is_dir():
+            return root / name
+    if use_best:
+        fix = "leave --best out (use_best), or name a run that has a folder best"
+        raise UserError("there are no best weights", where=str(path), fix=fix)
+    return path if path.is_dir() else None
 
 
 def combine_and_save(
@@ -157,25 +161,27 @@ def combine_and_save(
         The rank and how far the result's update is from the exact sum.
 
     Raises:
-        UserError: as `load_for_use` and `combine_adapters`; or ``to`` is taken.
+        UserError: as `load_for_use` and `combine_adapters`; ``to`` is taken or cannot be written; or they were
+            trained with different templates.
     """
+    from lmlab.models import combine
     from lmlab.models.adapter_files import save_adapter
-    from lmlab.models.combine import combine_adapters
     from lmlab.models.quantize import Unquantized
 
     target = Path(to)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError("there is something already", where=str(target), fix="name a new directory")
+    combine.check_target(target)
     if len(adapters) < 2:
         raise UserError(
             "nothing to combine", where="adapters", fix="give at least two, as a=DIR:0.5,b=DIR:0.5"
         )
+    weights = {name: weight for name, (_, weight) in adapters.items()}
+    combine.check_combination(weights, method, rank)
     named = {name: _Directory.of(_adapter_folder(path, use_best)) for name, (path, _) in adapters.items()}
+    combine.check_templates({name: each.info for name, each in named.items()})
     storage = quant or _common_storage(named)
     usable = _adapted(named, "cpu", Unquantized(kind="none"))
     _refuse_other_vocabularies(usable, named)
-    weights = {name: weight for name, (_, weight) in adapters.items()}
-    combined = combine_adapters(usable.model, weights, name=COMBINED, method=method, rank=rank)
+    combined = combine.combine_adapters(usable.model, weights, name=COMBINED, method=method, rank=rank)
     made_of = {name: {"path": str(named[name].path), "weight": weights[name]} for name in named}
     info = {
         **usable.info,
@@ -183,7 +189,10 @@ def combine_and_save(
         "run": None,
         "combined": {"method": method, "adapters": made_of, "relative_error": combined.relative_error},
     }
-    save_adapter(usable.model, COMBINED, usable.tokenizer, target, base=usable.source, info=info)
+    try:
+        save_adapter(usable.model, COMBINED, usable.tokenizer, target, base=usable.source, info=info)
+    except OSError as error:
+        raise combine.unwritable(target, error.strerror or str(error)) from error
     return combined
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmlab.config.named import named_sampler
-from lmlab.load import UsableModel, combine_and_save, load_for_use
+from lmlab.load import UsableModel, combine_and_save, load_for_use, weights_folder
 from lmlab.models.adapter_files import check_adapter
 from lmlab.models.build import ASSETS, base_fingerprint
 from lmlab.models.quantize import Unquantized, quants
@@ -267,6 +267,14 @@ def test_a_combination_is_the_weighted_sum_and_loads_with_peft_alone(
     assert (ours - expected).abs().max() / expected.abs().max() < 1e-4
 
 
+def test_best_weights_of_what_has_none_are_refused(tmp_path: Path) -> None:
+    for told in (str(BASE), "some/hub-model", str(tmp_path)):
+        said = refusal(lambda told=told: load_for_use(told, use_best=True))
+        assert f"there are no best weights ({told}): leave --best out" in said
+    (tmp_path / "best" / "model").mkdir(parents=True)
+    assert weights_folder(tmp_path, use_best=True) == tmp_path / "best" / "model"
+
+
 def test_what_cannot_be_combined_and_saved(made: dict[str, str], tmp_path: Path) -> None:
     def attempt(**options: Any) -> str:
         given = options.pop("given", {"a": (made["a"], 0.5), "b": (made["b"], 0.5)})
@@ -278,6 +286,15 @@ def test_what_cannot_be_combined_and_saved(made: dict[str, str], tmp_path: Path)
     assert "rank of its own" in attempt(rank=3)
     over_nf4 = copy_with(made["a"], tmp_path / "nf4", quant={"kind": "nf4", "double_quant": True})
     assert "stored differently" in attempt(given={"a": (made["a"], 0.5), "n": (over_nf4, 0.5)})
+    for weight, said in ((float("nan"), "the weight of 'b' is nan"), (0.0, "all weights are 0")):
+        assert said in attempt(given={"a": (made["a"], 0.0), "b": (made["b"], weight)})
+    assert "rank=0" in attempt(method="svd", rank=0)
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    assert "is no directory" in attempt(to=tmp_path / "file" / "deeper")
+    unlike = copy_with(made["b"], tmp_path / "unlike", template="another")
+    assert "'u' was trained with another template than 'b'" in attempt(
+        given={"a": (made["a"], 0.5), "b": (made["b"], 0.5), "u": (unlike, 0.5)}
+    )
     assert not (tmp_path / "to").exists()
     given = {"a": (made["a"], 0.5), "n": (over_nf4, 0.5)}
     combine_and_save(given, tmp_path / "to", quant=Unquantized(kind="none"))

@@ -9,9 +9,12 @@ The arithmetic is PEFT's ``add_weighted_adapter``; how far its result is from th
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -75,6 +78,68 @@ def combine_adapters(
     return Combined(int(model.peft_config[name].r), _relative_error(model, weights, name))
 
 
+def check_combination(weights: Mapping[str, float], method: str, rank: int | None) -> None:
+    """What can be told of a combination without a model.
+
+    Raises:
+        UserError: weights that are no numbers or all 0, an unknown method, or a rank that it does not take.
+    """
+
+    def stop(what: str, fix: str) -> UserError:
+        return UserError(what, where="adapters", fix=fix)
+
+    if not weights:
+        raise stop("nothing to combine", "name adapters and their weights")
+    if wrong := [each for each, weight in weights.items() if not math.isfinite(weight)]:
+        raise stop(f"the weight of '{wrong[0]}' is {weights[wrong[0]]}", "give a number")
+    if not any(weights.values()):
+        raise stop("all weights are 0", "give at least one another weight, or use the base alone")
+    if method not in get_args(CombinationMethod):
+        raise stop(f"unknown method '{method}'", f"one of {', '.join(get_args(CombinationMethod))}")
+    if rank is not None and method != "svd":
+        raise stop(
+            f"rank={rank} with {method}, which has a rank of its own", "use method svd, or leave it out"
+        )
+    if rank is not None and rank < 1:
+        raise stop(f"rank={rank}", "1 or more")
+
+
+def check_target(folder: Path) -> None:
+    """Raise UserError if there is something at ``folder``, or it cannot be made; nothing is made yet."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("there is something already", where=str(folder), fix="name a new directory")
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise unwritable(folder, f"{there} is no directory")
+    if not os.access(there, os.W_OK):
+        raise unwritable(folder, f"{there} is read-only")
+
+
+def unwritable(folder: Path, why: str) -> UserError:
+    """The error of a directory that cannot be written."""
+    return UserError(f"cannot be written: {why}", where=str(folder), fix="name another directory")
+
+
+def check_templates(infos: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise UserError for adapters trained with different templates: the sum can be asked in one way only.
+
+    Args:
+        infos: name -> its lmlab.json; one that does not say how it was trained takes any.
+    """
+    ways = {
+        name: [info.get(key) for key in ("format", "template", "chat_template")]
+        for name, info in infos.items()
+        if "format" in info or "template" in info
+    }
+    for name, way in ways.items():
+        if way != ways[first := next(iter(ways))]:
+            raise UserError(
+                f"adapter '{name}' was trained with another template than '{first}'",
+                where="adapters",
+                fix="combine adapters that are asked the same way",
+            )
+
+
 def _refuse(model: Any, weights: Mapping[str, float], name: str, method: str, rank: int | None) -> None:
     """Everything that has no weighted sum, before anything is changed."""
     from lmlab.models.adapter_files import check_name
@@ -85,15 +150,8 @@ def _refuse(model: Any, weights: Mapping[str, float], name: str, method: str, ra
     loaded = getattr(model, "peft_config", {})
     if unknown := [each for each in weights if each not in loaded]:
         raise stop(f"the model has no adapter '{unknown[0]}'", f"it has {', '.join(loaded) or 'none'}")
-    if not weights:
-        raise stop("nothing to combine", "name adapters and their weights")
+    check_combination(weights, method, rank)
     check_name(name, model)
-    if method not in get_args(CombinationMethod):
-        raise stop(f"unknown method '{method}'", f"one of {', '.join(get_args(CombinationMethod))}")
-    if rank is not None and method != "svd":
-        raise stop(
-            f"rank={rank} with {method}, which has a rank of its own", "use method svd, or leave it out"
-        )
     for each in weights:
         config = loaded[each]
         whole = [*(config.modules_to_save or ()), *(config.target_parameters or ())]
