@@ -168,6 +168,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """What can be wrong before anything is read."""
+    from lmlab.chat.choice import check_seed
+
+    check_seed(options.seed, where="--seed")
     if not (options.data or options.suite or options.quantization_report):
         raise UserError(
             "nothing to measure on", where="--data", fix="give --data FILE, --data val, or --suite TASK"

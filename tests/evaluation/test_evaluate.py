@@ -206,6 +206,7 @@ def test_the_quantization_report_is_written_beside_the_table(tmp_path: Path, eva
 
 
 BAD: dict[str, tuple[list[str], list[str]]] = {
+    "seed": ([BASE, "--data", "val", "--seed", "99999999999999999999"], ["out of range", "--seed"]),
     "no data": ([BASE], ["nothing to measure on", "--data"]),
     "unknown file": ([BASE, "--data", "nowhere.txt"], ["no such data file: nowhere.txt"]),
     "empty file": ([BASE, "--data", "{tmp}/empty.jsonl"], ["holds no record", "empty.jsonl"]),
