@@ -155,7 +155,7 @@ def _refuse(options: argparse.Namespace) -> None:
     for text in options.stop or []:
         if "\\n" in text:
             print(
-                f"warning: --stop {text!r} holds a backslash and an n, not a new line: in bash write $'\\n'",
+                f"warning: --stop '{text}' holds a backslash and an n, not a new line: in bash write $'\\n'",
                 file=sys.stderr,
             )
 
