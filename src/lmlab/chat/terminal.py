@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 HELP = """\
 /reset               begin anew
 /system TEXT         a system message before the conversation (without TEXT: none)
-/sampler NAME k=v    how answers are drawn, e.g. /sampler top_p_temperature temperature=0.7; without k=v
-                     all but its own settings stay, without NAME only those named change
+/sampler NAME k=v    how answers are drawn, e.g. /sampler top_p_temperature temperature=0.7; max_new_tokens and
+                     the constraints stay with another NAME, and everything but k without NAME
 /adapter NAME        another adapter, or base for the model without any
 /seed N              of the next answer; the one after it has N + 1
 /quit                end (so does Ctrl-D); Ctrl-C stops an answer, or ends
