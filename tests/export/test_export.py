@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lmlab.certify import certify, verify, verify_against_run
-from lmlab.export.certificate import BOUND, NAME, check_files, check_reference
+from lmlab.export.certificate import BOUND, NAME, check_files, check_reference, file_hashes
 from lmlab.export.job import ExportJob
 from lmlab.exporting import export
 from lmlab.journal import RunDir, read_json
@@ -116,6 +116,47 @@ def test_a_missing_and_a_foreign_file_are_refused(exported: Path, tmp_path: Path
         verify(tmp_path)
     with pytest.raises(UserError, match="no such directory"):
         verify(tmp_path / "absent")
+
+
+def test_an_export_that_brings_code_is_refused_before_it_runs(exported: Path, tmp_path: Path) -> None:
+    """Even with a certificate to match, and where somebody would answer transformers' question with yes."""
+    copy, ran = tmp_path / "copy", tmp_path / "ran"
+    shutil.copytree(exported, copy)
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    (copy / "modeling_x.py").write_text(code)
+    config = json.loads((copy / "config.json").read_text())
+    auto_map = {"AutoConfig": "modeling_x.C", "AutoModelForCausalLM": "modeling_x.M"}
+    (copy / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    certificate = certificate_of(copy) | {"files": file_hashes(copy)}
+    (copy / NAME).write_text(json.dumps(certificate))
+    with pytest.raises(UserError, match="names code to run"):
+        verify(copy)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kind": None}, "kind: "),
+        ({"dtype": "int8"}, "dtype: "),
+        ({"reference": []}, "reference: .*at least 1 item"),
+        ({"reference": [{"input_ids": [1], "top_ids": [1], "top_logits": [1]}]}, "reference.0.largest_abs"),
+        ({"files": {"config.json": {}}}, "files.config.json.bytes: "),
+    ],
+)
+def test_a_damaged_certificate_is_said_in_one_line(
+    exported: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    (tmp_path / NAME).write_text(json.dumps(certificate_of(exported) | change))
+    with pytest.raises(UserError, match=rf"certificate\.json is damaged: {said}"):
+        verify(tmp_path)
+
+
+def test_a_reference_with_tokens_of_another_model_is_refused(exported: Path) -> None:
+    certificate = certificate_of(exported)
+    certificate["reference"][0]["top_ids"][0] = 10**6
+    with pytest.raises(UserError, match="names tokens that the model does not have"):
+        check_reference(exported, certificate)
 
 
 def test_weights_that_match_a_rewritten_certificate_still_have_to_compute_it(

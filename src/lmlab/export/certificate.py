@@ -24,7 +24,9 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 
 from lmlab.journal import read_json
 from lmlab.records import UserError
@@ -169,16 +171,49 @@ def as_json(differences: dict[str, Difference]) -> dict[str, Any]:
     return {name: asdict(found) for name, found in differences.items()}
 
 
+class _Hashed(BaseModel):
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class _Reference(BaseModel):
+    input_ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    top_ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    top_logits: Annotated[list[FiniteFloat], Field(min_length=1)]
+    largest_absolute_logit: FiniteFloat
+
+
+class _Readable(BaseModel):
+    """What later steps read of a certificate; an empty reference would compare nothing, and find nothing wrong."""
+
+    kind: Literal["adapter", "model"]
+    weights: Literal["best", "last"]
+    dtype: Literal["fp32", "bf16", "fp16"]
+    base: Literal["dequantized", "original"] | None
+    files: Annotated[dict[str, _Hashed], Field(min_length=1)]
+    reference: Annotated[list[_Reference], Field(min_length=1)]
+
+
 def read_certificate(folder: Path) -> dict[str, Any]:
     """The certificate of an export.
 
     Raises:
-        UserError: not an export of lmlab, or one of another format.
+        UserError: not an export of lmlab, one of another format, or a certificate that is damaged.
     """
     found = read_json(folder / NAME)
     if not isinstance(found.get("files"), dict) or found.get("format") != FORMAT:
         what = "no such directory" if not folder.is_dir() else f"no {NAME} of lmlab's there"
         raise UserError(what, where=str(folder), fix="name a directory that scripts/export.py made")
+    try:
+        _Readable.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{NAME} is damaged: {place}: {first['msg']}",
+            where=str(folder),
+            fix="export it again, or take it from where it was published",
+        ) from error
     return found
 
 
@@ -211,7 +246,15 @@ def check_reference(folder: Path, certificate: dict[str, Any]) -> float:
         UserError: it cannot be opened, or computes something else.
     """
     texts = [entry["input_ids"] for entry in certificate["reference"]]
-    own = logits_of(open_plain(folder), texts)
+    model = open_plain(folder)
+    rows = model.get_input_embeddings().num_embeddings
+    if max(max(entry["input_ids"] + entry["top_ids"]) for entry in certificate["reference"]) >= rows:
+        raise UserError(
+            f"{NAME} names tokens that the model does not have ({rows})",
+            where=str(folder),
+            fix="export it again, or take it from where it was published",
+        )
+    own = logits_of(model, texts)
     worst = 0.0
     for entry, logits in zip(certificate["reference"], own, strict=True):
         for token, value in zip(entry["top_ids"], entry["top_logits"], strict=True):
@@ -230,16 +273,27 @@ def open_plain(folder: Path) -> Any:
     """A merged export as anybody opens it: by transformers, no code of its own; computing in fp32.
 
     Raises:
-        UserError: transformers cannot open it, or draws weights that are not there.
+        UserError: it brings code of its own, transformers cannot open it, or draws weights that are not there.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    if "auto_map" in read_json(folder / "config.json"):
+        raise UserError(
+            "config.json names code to run (auto_map), which no export of lmlab does",
+            where=str(folder),
+            fix="do not use it; nothing of it was run",
+        )
     disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
