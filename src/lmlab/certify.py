@@ -78,15 +78,29 @@ def _mix(model: Any, weights: Mapping[str, float]) -> None:
             fix="export them one by one",
         ) from error
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            for name, weight in weights.items():
-                if name in getattr(layer, "lora_variant", {}) and weight != 1:
-                    raise UserError(
-                        f"adapter '{name}' is DoRA, which has no weighted sum",
-                        where="--adapters",
-                        fix="give it the weight 1",
-                    )
+        for name, weight in weights.items():
+            whole = _has_no_weight(layer, name)
+            if whole and weight != 1:
+                raise UserError(
+                    f"adapter '{name}' {whole}, which has no weighted sum",
+                    where="--adapters",
+                    fix="give it the weight 1",
+                )
+            if isinstance(layer, LoraLayer):
                 layer.set_scale(name, weight)
+
+
+def _has_no_weight(layer: Any, name: str) -> str | None:
+    """What of an adapter's part in ``layer`` is not scaled by its weight, None if all of it is."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if name in getattr(layer, "lora_variant", {}):
+        return "is DoRA"
+    if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
+        return "brings whole modules (modules_to_save)"
+    if name in getattr(layer, "trainable_tokens_delta", {}):
+        return "brings trained token rows"
+    return None
 
 
 def compute_in_fp32(model: Any) -> None:

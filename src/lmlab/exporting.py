@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from lmlab.export.card import CardFacts, model_card
 from lmlab.export.certificate import NAME, file_hashes
 from lmlab.export.directory import check_portable, check_target, made_beside, write_model, write_tokenizer
 from lmlab.export.job import ExportJob
-from lmlab.export.serving import Step, as_markdown, gguf, modelfile, ollama, vllm
+from lmlab.export.serving import Step, as_markdown, find_converter, gguf, modelfile, ollama, vllm
 from lmlab.journal import RunDir, read_json, slug, write_json
 
 
@@ -49,6 +50,8 @@ def export(
     folder = job.check()
     run = RunDir(job.run)
     check_target(to, run=run.path, overwrite=overwrite)
+    if "gguf" in want and not job.adapter_only:
+        find_converter()  # a wrong $LLAMA_CPP is refused now, and not after the merge
     name = slug(to.resolve().name)
     kind = "adapter" if job.adapter_only else "full" if folder.name == "model" else "merged"
     with made_beside(to) as made:
@@ -75,10 +78,11 @@ def export(
         (made / "README.md").write_text(model_card(facts), encoding="utf-8")
         base_path = read_json(folder / "lmlab.json").get("base") or ""
         local = base_path if os.path.isabs(base_path) else ""
-        check_portable(made, {str(run.path), str(run.path.resolve()), local, str(made), str(to.absolute())})
+        places = (run.path, run.path.resolve(), made, to.absolute(), to.resolve())
+        check_portable(made, {local, *map(str, places)})
         certificate["files"] = file_hashes(made)
         write_json(made / NAME, certificate, sync=True)
-    _keep_copy(run, name, certificate, say)
+    _keep_copy(run, to, certificate, say)
     return Exported(to, certificate, tuple(steps))
 
 
@@ -88,12 +92,18 @@ def _config(run: RunDir) -> dict[str, Any]:
     return yaml.safe_load(run.config.read_text(encoding="utf-8"))
 
 
-def _keep_copy(run: RunDir, name: str, certificate: dict[str, Any], say: Callable[[str], None]) -> None:
-    """The certificate beside the run, as exports/NAME.json."""
+def copy_name(to: Path) -> str:
+    """The name of a certificate beside its run: two exports in directories of one name have two."""
+    place = to.resolve()
+    return f"{slug(place.name)}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}.json"
+
+
+def _keep_copy(run: RunDir, to: Path, certificate: dict[str, Any], say: Callable[[str], None]) -> None:
+    """The certificate beside the run, in exports/."""
     kept = run.path / "exports"
     try:
         kept.mkdir(exist_ok=True)
-        write_json(kept / f"{name}.json", certificate)
+        write_json(kept / copy_name(to), certificate)
     except OSError as error:
         say(f"the certificate is in the export alone: {kept} cannot be written ({error.strerror})")
 

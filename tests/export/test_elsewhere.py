@@ -169,6 +169,20 @@ def test_a_modelfile_asks_as_in_training() -> None:
         'FROM ./x.gguf\nTEMPLATE """### Instruction:\n{{ .Prompt }}\n### Response:\n"""\n'
         'PARAMETER stop "<|endoftext|>"\nPARAMETER temperature 0.7\nPARAMETER top_p 0.9\n'
     )
+    strict = {
+        "kind": "greedy",
+        "stop": ["\n\n", "<|endoftext|>"],
+        "repetition_penalty": 1.2,
+        "max_new_tokens": 64,
+    }
+    text = modelfile(source=".", info={"sampler": strict}, chat_template=None, stops=["<|endoftext|>"])
+    assert text.splitlines()[2:] == [
+        'PARAMETER stop "<|endoftext|>"',
+        'PARAMETER stop "\\n\\n"',
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1.2",
+        "PARAMETER num_predict 64",
+    ]
     alpaca = modelfile(source=".", info={"template": ALPACA}, chat_template=None, stops=[])
     assert (
         "appropriately completes the request.\n\n### Instruction:\n{{ .Prompt }}\n\n### Response:" in alpaca

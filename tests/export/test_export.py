@@ -17,7 +17,7 @@ import torch
 from lmlab.certify import certify, verify, verify_against_run
 from lmlab.export.certificate import BOUND, NAME, check_files, check_reference, file_hashes
 from lmlab.export.job import ExportJob
-from lmlab.exporting import export
+from lmlab.exporting import copy_name, export
 from lmlab.journal import RunDir, read_json
 from lmlab.records import UserError
 from tests.export.conftest import MakeRun
@@ -40,7 +40,7 @@ def test_a_qlora_run_is_merged_into_its_dequantized_base_and_certified(exported:
         assert found["differences"][name]["greedy_agreement"] == 1.0
     assert found["differences"]["export_from_merged"]["max_absolute"] == 0.0
     assert found["texts"] == 3
-    assert read_json(runs("qlora").path / "exports" / "from-qlora.json") == found
+    assert read_json(runs("qlora").path / "exports" / copy_name(exported)) == found
     expected = {
         "config.json",
         "generation_config.json",
@@ -122,7 +122,9 @@ def test_an_export_that_brings_code_is_refused_before_it_runs(exported: Path, tm
     """Even with a certificate to match, and where somebody would answer transformers' question with yes."""
     copy, ran = tmp_path / "copy", tmp_path / "ran"
     shutil.copytree(exported, copy)
-    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    code = (
+        f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    )
     (copy / "modeling_x.py").write_text(code)
     config = json.loads((copy / "config.json").read_text())
     auto_map = {"AutoConfig": "modeling_x.C", "AutoModelForCausalLM": "modeling_x.M"}
@@ -191,7 +193,7 @@ def test_a_wrong_merge_is_refused(exported: Path, runs: MakeRun, tmp_path: Path)
         certify(ExportJob(str(run)), exported)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [None, "a layer lost", "scale x 0.99"])
 def test_a_broken_export_in_16_bits_is_refused(
     runs: MakeRun, tmp_path: Path, dtype: str, fault: str | None
@@ -306,7 +308,7 @@ def test_trained_runs_through_the_command_line(train: Any, tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         assert "certified: within 1.0e-04" in done.stdout
         assert f"vllm serve {to}" in done.stdout
-        assert (run.path / "exports" / f"{adapter}.json").is_file()
+        assert (run.path / "exports" / copy_name(to)).is_file()
         assert read_json(to / "lmlab.json")["weights"] == "best"
         done = subprocess.run(
             [sys.executable, script, "--verify", str(to)], capture_output=True, text=True, check=False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -333,10 +335,18 @@ def _step(facts: CardFacts) -> Any:
 
 
 def _command(facts: CardFacts) -> str:
-    """The command line, without values that name a place on this machine."""
-    words = [str(word) for word in facts.info.get("argv") or []]
-    kept = [w for w in words if not any(part.startswith(("/", "~", "..")) for part in w.split("=")[1:])]
-    return " ".join(["python", *kept]) if words else ""
+    """The command line, without words that name a place on this machine."""
+    script, *words = [str(word) for word in facts.info.get("argv") or []] or [""]
+    script = os.path.basename(script) if os.path.isabs(script) else script
+    return " ".join(["python", script, *(word for word in words if not _names_place(word))]) if script else ""
+
+
+def _names_place(word: str) -> bool:
+    """Whether a part of ``key=value`` or ``key=[value,value]`` is an absolute path, or one that is there."""
+    parts = [part.strip() for part in re.split(r"[=,\[\]{}()'\"]|:(?!//)", word)]
+    return any(
+        part.startswith(("/", "~", "..")) or ("/" in part and os.path.lexists(part)) for part in parts if part
+    )
 
 
 def _certified(facts: CardFacts) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lmlab.export.certificate import NAME
+from lmlab.export.certificate import NAME, read_certificate
 from lmlab.journal import LEFTOVER, beside, publish_folder, read_json, write_json
 from lmlab.records import UserError
 
@@ -49,21 +49,43 @@ def check_target(to: Path, *, run: Path, overwrite: bool) -> None:
             raise UserError(
                 f"not an export (no {NAME}), so not overwritten", where=str(to), fix="name another with --to"
             )
+        _check_all_certified(to)
     parent = next((p for p in target.parents if p.exists()), None)
     if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError("cannot be written to", where=str(parent or to), fix="name another with --to")
+
+
+def _check_all_certified(to: Path) -> None:
+    """Refuse to delete what no export wrote, hidden files too: a clone's .git is somebody's work.
+
+    Raises:
+        UserError: certificate.json is another program's or damaged, or a file is there that it does not list.
+    """
+    known = {NAME, *read_certificate(to)["files"]}
+    there = (path for path in sorted(to.rglob("*")) if path.is_symlink() or not path.is_dir())
+    foreign = next(
+        (name for name in (path.relative_to(to).as_posix() for path in there) if name not in known), None
+    )
+    if foreign is not None:
+        raise UserError(
+            f"{foreign} is not part of the export there, so nothing is overwritten",
+            where=str(to),
+            fix="move it away, or name another directory with --to",
+        )
 
 
 @contextmanager
 def made_beside(to: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``to`` at the end of the block; on any error nothing of it stays.
 
+    Of a link its target is replaced, and the link stays one.
+
     Raises:
         UserError: it cannot be written, as on a full disk.
     """
     from safetensors import SafetensorError
 
-    to = to.absolute()
+    to = to.resolve()
     temporary = beside(to, "tmp")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -178,21 +200,27 @@ ABSOLUTE = re.compile(r"(?<![\w.:/~$}*-])/(?:home|root|Users|tmp|mnt|scratch|wor
 """Where people's files lie; /usr/bin and the like stand in templates and prompts too."""
 
 
+WHOLE = r"(?:(?<![\w.:~/-])|(?<=file://))(?:{})(?![\w-]|\.\w)"
+"""A path itself or what lies in it: not the end of scripts/export.py where /export.py is meant, nor /exports for /export."""
+
+
 def check_portable(folder: Path, known: Collection[str]) -> None:
     """Refuse an export with a path of this machine in one of its text files (the tokenizer's vocabulary aside).
 
     Args:
-        known: paths that must not be there in any case (the run, its base, the home directory).
+        known: absolute paths that must not be there in any case (the run, its base); relative ones name no machine.
 
     Raises:
         UserError: naming the file and the path.
     """
+    absolute = sorted(re.escape(p.rstrip("/")) for p in known if os.path.isabs(p) and len(p) > 1)
+    named = re.compile(WHOLE.format("|".join(absolute))) if absolute else None
     for path in sorted(folder.rglob("*")):
         if path.suffix not in TEXT_FILES or not path.is_file() or path.name == "tokenizer.json":
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        found = next((p for p in known if len(p) > 1 and p in text), None)
-        found = found or next((m for m in ABSOLUTE.findall(text) if Path(m).exists()), None)
+        match = named.search(text) if named else None
+        found = match[0] if match else next((m for m in ABSOLUTE.findall(text) if Path(m).exists()), None)
         if found:
             raise UserError(
                 f"{path.name} names a path of this machine, {found}",

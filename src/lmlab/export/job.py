@@ -89,7 +89,7 @@ def parse_adapters(text: str) -> dict[str, tuple[str, float]]:
     """``name=DIR:weight,...`` as name -> (directory, weight); ``default:weight`` (no directory) weighs the run's own.
 
     Raises:
-        UserError: not of that form, a weight that is no number, or a name twice.
+        UserError: not of that form, a weight that is no number, a place for ``default``, or a name twice.
     """
     found: dict[str, tuple[str, float]] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
@@ -106,6 +106,12 @@ def parse_adapters(text: str) -> dict[str, tuple[str, float]]:
                 f"'{part}' is no adapter with a weight",
                 where="--adapters",
                 fix="write NAME=DIR:WEIGHT, as code=outputs/sft/other:0.5",
+            )
+        if place and name == "default":
+            raise UserError(
+                "'default' is the run's own adapter, so it has no other place",
+                where=f"--adapters {part}",
+                fix="name this one differently; default:WEIGHT weighs the run's own",
             )
         if name in found:
             raise UserError(f"two adapters named '{name}'", where="--adapters", fix="name them differently")

@@ -112,13 +112,17 @@ def modelfile(
         )
     else:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     sampler = info.get("sampler") or {}
+    ends = dict.fromkeys([*stops, *(sampler.get("stop") or [])])
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in ends]
     if sampler.get("kind") == "greedy":
         lines.append("PARAMETER temperature 0")
     for name in ("temperature", "top_k", "top_p", "min_p"):
         if isinstance(sampler.get(name), (int, float)) and sampler.get("kind") != "greedy":
             lines.append(f"PARAMETER {name} {sampler[name]}")
+    for ours, theirs in (("repetition_penalty", "repeat_penalty"), ("max_new_tokens", "num_predict")):
+        if isinstance(sampler.get(ours), (int, float)):
+            lines.append(f"PARAMETER {theirs} {sampler[ours]}")
     return "\n".join(lines) + "\n"
 
 
