@@ -13,7 +13,7 @@ import pytest
 
 from lmlab.config.schema import LocalLauncher, SlurmLauncher
 from lmlab.journal import RunDir, write_json
-from lmlab.sweeps.earlier import overrides_of, read_results
+from lmlab.sweeps.earlier import has_finished, overrides_of, read_results
 from lmlab.sweeps.executors import LocalProcesses, Slurm
 from lmlab.sweeps.jobs import GridPoints, Job, label_of, row_of
 from lmlab.tracking.results import write_results
@@ -140,3 +140,32 @@ def test_the_lock_of_a_job_that_the_queue_has_ended(
     handle = queue.adopt(job)
     assert (handle is not None) == (number == "78")
     assert run.lock.exists() == kept
+
+
+@pytest.mark.parametrize(("age", "adopted"), [(10.0, True), (86_400.0, False)])
+def test_a_job_that_the_queue_has_forgotten(queue: Slurm, tmp_path: Path, age: float, adopted: bool) -> None:
+    """sacct names a new one after a while, and one of last month no more: that one would be waited for for ever."""
+    job, run = Job(0, [], "", tmp_path), RunDir(tmp_path)
+    note = tmp_path / ".submitted"
+    note.write_text("80")
+    os.utime(note, (time.time() - age,) * 2)
+    write_json(run.lock, {"host": "gpu1", "pid": 1})
+    assert (queue.adopt(job) is not None) == adopted
+    assert run.holder() == "pid 1 on gpu1"  # it may live: whoever waits says so, and for how long
+
+
+@pytest.mark.parametrize(
+    ("row", "summary", "done"),
+    [
+        ("running", "finished", True),
+        ("interrupted", "finished", True),
+        ("interrupted", "interrupted", False),
+        ("failed", "finished", False),
+    ],
+)
+def test_a_run_that_finished_after_its_launcher(tmp_path: Path, row: str, summary: str, done: bool) -> None:
+    run = RunDir(tmp_path)
+    run.config.write_text("seed: 1\n", encoding="utf-8")
+    write_json(run.info, {"argv": ["train.py", "seed=1"]})
+    write_json(run.summary, {"status": summary})
+    assert has_finished(Job(0, ["seed=1"], "", tmp_path), {"status": row}) == done

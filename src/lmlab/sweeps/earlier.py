@@ -98,8 +98,8 @@ def wait_for_orphan(job: Job, *, seconds: float, say: Callable[[str], None]) -> 
 
 
 def has_finished(job: Job, row: Mapping[str, str] | None) -> bool:
-    """Whether the job's run finished, and its launcher was killed before it could write that into its ``row``."""
-    if row is not None and row["status"] != "running":
+    """Whether the job's run finished, and its launcher was stopped or killed before it could write that into its ``row``."""
+    if row is not None and row["status"] not in ("running", "interrupted"):
         return False
     run = RunDir(job.folder)
     argv = read_json(run.info).get("argv") or [""]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 SUBMITTED = ".submitted"
 """In a job's directory: the number of its SLURM job."""
+UNKNOWN = "UNKNOWN"
+"""submitit's state of a job that sacct does not name."""
+KNOWN_AFTER = 600.0
+"""Seconds from a job's submission until sacct surely names it."""
 NO_END_OF_REQUEUES = 1000
 
 
@@ -189,7 +194,10 @@ class Slurm:
         return _Submitted(submitted, job)
 
     def adopt(self, job: Job) -> Handle | None:
-        """A job that waits in the queue or runs there goes on without its launcher."""
+        """A job that waits in the queue or runs there goes on without its launcher.
+
+        Of one that the queue has forgotten the run's own lock and summary tell, as of a process of this machine.
+        """
         note = job.folder / SUBMITTED
         if not note.is_file():
             return None
@@ -197,7 +205,9 @@ class Slurm:
         submitted = kind(self.folder, note.read_text(encoding="utf-8"))
         job.run = RunDir(job.folder)
         if not submitted.done():
-            return _Submitted(submitted, job)
+            # Of a job that is weeks old the queue may know nothing any more, which submitit takes for one that waits.
+            forgotten = submitted.state == UNKNOWN and time.time() - note.stat().st_mtime > KNOWN_AFTER
+            return None if forgotten else _Submitted(submitted, job)
         if read_json(job.run.lock).get("host") != socket.gethostname():
             job.run.lock.unlink(
                 missing_ok=True
