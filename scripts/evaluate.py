@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lmlab.config.compose import load_env, report_error
 from lmlab.records import RunFailedError, UserError
+
+# Python puts a script's folder first, and in it this file would be the package `evaluate` that tasks of the harness import.
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,6 +115,7 @@ def _add_more(add: Callable[..., Any]) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     _check(options)
+    _check_report(options)
     from lmlab.evaluate import Asked, Suites, chosen_sampler, evaluate
     from lmlab.evaluation.table import show, with_differences
     from lmlab.measured import DataChoice
@@ -135,8 +140,10 @@ def _evaluate(options: argparse.Namespace) -> int:
         names = [name.strip() for name in options.suite.split(",")]
         suites = Suites(load_suites(names, folder=options.suite_path), options.limit)
     if options.quantization_report:
-        _quantization_report(options)
+        found = _quantization_report(options)
         if not choices and suites is None:
+            if options.json:
+                print(json.dumps(found, indent=1, ensure_ascii=False))
             return 0
     asked = Asked(
         data=choices,
@@ -196,6 +203,34 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
+def _check_report(options: argparse.Namespace) -> None:
+    """The report is of whole texts and of one model's stored weights: what says otherwise would be left unheard."""
+    if not options.quantization_report:
+        return
+    unheard = {
+        "--best": options.best,
+        "--set data.*": any(text.startswith("data.") for text in options.set),
+        "--task": options.task,
+        "--side": options.side,
+        "--stride": options.stride,
+        "a second model": len(options.models) > 1,
+    }
+    if not options.data and not options.suite:  # there is no table either
+        unheard |= {
+            "--out": options.out,
+            "--sampler": options.sampler,
+            "--max-new-tokens": options.max_new_tokens,
+            "--set": options.set,
+        }
+    given = [name for name, value in unheard.items() if value]
+    if given:
+        raise UserError(
+            f"{', '.join(given)}: nothing that the report goes by",
+            where="--quantization-report",
+            fix="leave it out, or measure in a call of its own",
+        )
+
+
 def _settings(options: argparse.Namespace) -> tuple[list[str], tuple[tuple[str, Any], ...]]:
     """(``data.key=value`` as given, fields of the sampler)."""
     import yaml
@@ -227,22 +262,25 @@ def _write(folder: Path, results: Any, rows: list[dict[str, Any]]) -> None:
         json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     (folder / "results.md").write_text(markdown(rows), encoding="utf-8")
+    taken = Counter[str]()
     for name, result in zip(row_names(rows), results, strict=True):
         for data, texts in result.texts.items():
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
-            file = folder / f"answers-{slug(f'{name}-{Path(data).stem}')}.jsonl"
-            file.write_text(lines, encoding="utf-8")
+            called = slug(f"{name}-{Path(data).stem}")
+            taken[called] += 1  # files of different folders may have one name
+            number = f"-({taken[called]})" if taken[called] > 1 else ""
+            (folder / f"answers-{called}{number}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def _quantization_report(options: argparse.Namespace) -> None:
-    """On the texts of ``--data``, or on 50 of the embedded data set where there are none."""
+def _quantization_report(options: argparse.Namespace) -> dict[str, Any]:
+    """What was found on the texts of ``--data``, or on 50 of the embedded data set where there are none."""
     from lmlab.evaluation.quantization import KINDS, quantization_report
     from lmlab.measured import texts_of
     from lmlab.variants import WEIGHTS
 
     words = [word.strip() for word in (options.compare or "").split(",")]
     kinds = [word for word in words if word and word not in (*WEIGHTS, "none")] or list(KINDS)
-    quantization_report(
+    found = quantization_report(
         options.models[0],
         texts=texts_of(
             options.data or ["python_help"], limit=options.limit or (None if options.data else 50)
@@ -251,7 +289,8 @@ def _quantization_report(options: argparse.Namespace) -> None:
         accelerator=options.accelerator,
         folder=Path(options.quantization_report),
     )
-    print(f"written: {options.quantization_report}")
+    print(f"written: {options.quantization_report}", file=sys.stderr)
+    return found
 
 
 if __name__ == "__main__":

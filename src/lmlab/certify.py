@@ -140,7 +140,7 @@ def certify_apart(job: ExportJob, made: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "lmlab.certify"],
         input=json.dumps(order),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_packages())},
         capture_output=True,
         text=True,
         check=False,
@@ -152,6 +152,12 @@ def certify_apart(job: ExportJob, made: Path) -> dict[str, Any]:
         raise UserError(**json.loads(last))
     detail = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     raise RunFailedError(f"the comparison did not come to an end: {detail[:300]}")
+
+
+def _packages() -> list[str]:
+    """Where Python looks for packages, without the folder of the script that it was started with."""
+    script = Path(sys.argv[0]).resolve().parent
+    return [place for place in sys.path if place and Path(place).resolve() != script]
 
 
 def certify(job: ExportJob, folder: Path) -> dict[str, Any]:

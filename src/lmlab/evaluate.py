@@ -210,6 +210,8 @@ def _on_data(usable: UsableModel, measured: Measured, asked: Asked) -> tuple[dic
             flat=flat,
         )
     figures: dict[str, Any] = found.figures()
+    if measured.held_out:
+        figures["held_out"] = measured.held_out
     questions = measured.questions[: asked.answers]
     if not questions:
         return figures, None

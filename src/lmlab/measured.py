@@ -8,6 +8,8 @@ conf/data.
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,6 +49,7 @@ class Measured:
         prepared: its rows are those of ``side``.
         questions: prompts with references; [] for plain text.
         notes: what a person should know of it: counts, what was dropped or cut, the template.
+        held_out: tells a run's own records from another's; "" for a data set that is every model's.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Measured:
     side: str
     questions: list[Question]
     notes: list[str]
+    held_out: str = ""
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -94,6 +98,10 @@ class DataChoice:
             if settings:
                 fix = "leave --set data.* out; a run's own data stays as it was prepared"
                 raise UserError("nothing to set here", where=f"--data {given}", fix=fix)
+            if task is not None or side is not None:
+                fix = "leave it out, or name the data set or the file"
+                option = "--side" if task is None else "--task"
+                raise UserError(f"{option}: a run's own data stays so", where=f"--data {given}", fix=fix)
             return cls(given, None, told, task, given)
         named = sorted(file.stem for file in (CONF / "data").glob("*.yaml"))
         if given in named and not Path(given).exists():
@@ -291,7 +299,13 @@ def own_side(side: str, model: str) -> Measured:
         for index, each in enumerate(asked)
         if each["response"]
     ]
-    return Measured(side, prepared, side, questions, notes)
+    # By size and first answers (of a text, words), which are the same with another tokenizer or template.
+    told = [
+        report[side]["supervised_bytes"],
+        *(each["response"] or each["prompt"] for each in prepared.meta["val_prompts"]),
+    ]
+    content = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return Measured(side, prepared, side, questions, notes, held_out=content)
 
 
 def _said(report: dict[str, Any], side: str) -> list[str]:
@@ -318,11 +332,12 @@ def texts_of(given: Sequence[str], *, limit: int | None = None) -> list[str]:
 
     texts = []
     for each in given:
-        config = DataChoice.of(each, settings=(), task="pretrain", side=None).config
-        if config is None:
+        if each in OWN_SIDES:
             raise UserError(
                 f"--data {each} is a run's own", where="--data", fix="give a file or a data set's name"
             )
+        config = DataChoice.of(each, settings=(), task="pretrain", side=None).config
+        assert config is not None
         intake = Intake(config.on_bad_record)
         options = FormatOptions(
             template_source(config.template), config.columns, _plain_turns, train_all=True

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripts.evaluate import main
+from scripts.evaluate import _write, main
 
+from lmlab.evaluation.table import markdown, tables, with_differences
 from lmlab.journal import RunDir
 from lmlab.models.build import ASSETS
 from tests.evaluation.conftest import STEPS
+from tests.integration.conftest import ROOT
 
 BASE = str(ASSETS / "tiny-base")
 RELATIVE = 1e-5  # fp32 sums, packed in training and padded here
@@ -205,6 +210,58 @@ def test_the_quantization_report_is_written_beside_the_table(tmp_path: Path, eva
     assert report["tokens"] > 10
 
 
+def test_a_report_alone_is_the_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing else is on stdout; and storage that changes nothing is drawn without a warning."""
+    (tmp_path / "text.txt").write_text("Some words to measure, and some more. " * 4)
+    told = ["--compare", "int8", "--limit", "1", "--quantization-report", str(tmp_path / "report")]
+    with_table = [BASE, "--data", str(tmp_path / "text.txt"), *told, "--answers", "0"]
+    for given in ([BASE, *told], with_table):
+        assert main([*given, "--accelerator", "cpu", "--json"]) == 0
+        out, err = capfd.readouterr()
+        found = json.loads(out)
+        assert f"written: {tmp_path / 'report'}" in err
+        rows = found["kinds"] if given is not with_table else found
+        assert [row.get("kind", "int8") for row in rows][-1] == "int8"
+
+
+def test_answers_to_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
+    texts = {"a/test.jsonl": [{"text": "of a"}], "b/test.jsonl": [{"text": "of b"}]}
+    row = {
+        "model": "m",
+        "form": "as trained",
+        "data": {},
+        "suites": {},
+        "notes": {},
+        "cost": {"base_bytes": 1},
+    }
+    _write(tmp_path, [SimpleNamespace(texts=texts)], [row])
+    kept = sorted(json.loads(file.read_text())["text"] for file in tmp_path.glob("answers-*.jsonl"))
+    assert kept == ["of a", "of b"]
+
+
+def test_no_difference_between_records_of_two_runs() -> None:
+    """Each run's own validation side may be of other records; the same ones are subtracted."""
+
+    def row(name: str, loss: float, held_out: str) -> dict[str, Any]:
+        figures = {"loss": loss, "held_out": held_out}
+        of = {"data": {"val": figures}, "notes": {"val": ["read"]}, "suites": {}, "cost": {"base_bytes": 1}}
+        return {"model": f"runs/{name}", "form": "as trained", **of}
+
+    first, same, other = row("first", 2.0, "x"), row("same", 2.5, "x"), row("other", 9.0, "y")
+    assert [each["differences"]["val"] for each in with_differences([first, same, other])] == [
+        {"loss": 0.0},
+        {"loss": 0.5},
+        {},
+    ]
+    (title, headings, rows), _ = tables([first, same, other])
+    assert (title, headings) == ("val", ["", "loss", "Δ loss"])
+    assert [cells[2] for cells in rows] == ["", "+0.5000", ""]
+    assert tables([first, other])[0][1] == ["", "loss"]
+    assert "not the first row's records in other" in markdown([first, other])
+    assert "not the first row's" not in markdown([first, same])
+
+
+REPORT = ["--quantization-report", "{tmp}/report"]
 BAD: dict[str, tuple[list[str], list[str]]] = {
     "seed": ([BASE, "--data", "val", "--seed", "99999999999999999999"], ["out of range", "--seed"]),
     "no data": ([BASE], ["nothing to measure on", "--data"]),
@@ -218,6 +275,15 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "no model": (["{tmp}", "--data", "{tmp}/text.txt"], ["{tmp}"]),
     "no model there": (["no/such/model", "--data", "{tmp}/text.txt"], ["no/such/model"]),
     "no run": ([BASE, "--data", "val"], ["is no run", "give a data file"]),
+    "side of a run's own": ([BASE, "--data", "val", "--side", "all"], ["--side", "--data val"]),
+    "task of a run's own": ([BASE, "--data", "val", "--task", "sft"], ["--task", "--data val"]),
+    "report of a run's own": ([BASE, "--data", "val", *REPORT], ["--data val is a run's own"]),
+    "report of a part": (
+        [BASE, "--data", "{tmp}/text.txt", "--side", "val", "--stride", "3", "--best", *REPORT],
+        ["--best, --side, --stride", "--quantization-report"],
+    ),
+    "report of two": ([BASE, BASE, *REPORT], ["a second model", "--quantization-report"]),
+    "report with a table's settings": ([BASE, "--out", "{tmp}/out", *REPORT], ["--out"]),
     "limit of a run's own": ([BASE, "--data", "val", "--limit", "3"], ["is measured whole", "--limit"]),
     "unknown sampler": (
         [BASE, "--data", "{tmp}/text.txt", "--sampler", "top_q"],
@@ -277,6 +343,19 @@ def test_an_error_is_one_line_and_exit_2(
     assert len(lines) == 1, lines
     for word in words:
         assert word.replace("{tmp}", str(tmp_path)) in lines[0]
+
+
+def test_the_script_does_not_stand_for_the_package_evaluate(tmp_path: Path) -> None:
+    """Started as a person starts it, Python would find scripts/evaluate.py first; tasks of the harness import `evaluate`."""
+    told = "import sys, importlib.util\nprint(importlib.util.find_spec('evaluate'), file=sys.stderr)\n"
+    script = (ROOT / "scripts" / "evaluate.py").read_text(encoding="utf-8")
+    copy = tmp_path / "evaluate.py"
+    copy.write_text(script.replace("sys.exit(main())", told), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(copy)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(copy) not in done.stderr
 
 
 def test_a_text_of_one_character_is_measured(tmp_path: Path, evaluate: Evaluate) -> None:

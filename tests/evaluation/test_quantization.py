@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from lmlab.evaluation import divergence
 from lmlab.evaluation.divergence import Document, compare, encode_texts, ratio
 from lmlab.evaluation.quantization import KINDS, layer_errors, layer_weights, quantization_report, storage_of
+from lmlab.evaluation.quantization_pages import _draw_kl, _save
 from lmlab.models.build import ASSETS, EMBEDDED, Pretrained, build_model
 from lmlab.records import UserError
 from lmlab.tokenizers import load_tokenizer
@@ -165,6 +167,15 @@ def test_the_files(report: dict[str, Any]) -> None:
     for name in ("error_per_layer.png", "quality_against_bits.png", "kl_per_kind.png"):
         assert files[name].read_bytes().startswith(b"\x89PNG")
         assert files[name].stat().st_size > 10_000
+
+
+def test_storage_that_changes_nothing_is_drawn(tmp_path: Path) -> None:
+    """Without matplotlib's warning that a logarithmic axis has nothing to show."""
+    row = {"kind": "int8", "kl": 0.0, "kl_error": 0.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _save(tmp_path / "kl.png", _draw_kl, {"model": "m", "kinds": [row]})
+    assert (tmp_path / "kl.png").stat().st_size > 1000
 
 
 def test_the_order_says_where_two_kinds_are_not_apart(report: dict[str, Any]) -> None:

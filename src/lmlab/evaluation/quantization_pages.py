@@ -243,12 +243,12 @@ def _draw_kl(axes: Axes, found: Mapping[str, Any]) -> None:
     )
     axes.set_yticks(places, [row["kind"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    positive = [value for value in values if value > 0]
+    if positive:  # a logarithmic axis has no place for anything else
+        axes.set_xscale("log")
+        axes.set_xlim(min(positive) / 3, max(positive) * 6)
     for place, value, error in zip(places, values, errors, strict=True):
         axes.text((value + error) * 1.15, place, f"{value:.2e}", va="center")
-    positive = [value for value in values if value > 0]
-    if positive:
-        axes.set_xlim(min(positive) / 3, max(positive) * 6)
     axes.set_xlabel("KL(fp32 || kind) of the next token, nats")
     axes.set_title(f"Divergence of the predictions, {Path(found['model']).name}", loc="left")
     axes.grid(axis="x", alpha=0.3)

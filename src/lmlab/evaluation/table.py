@@ -101,13 +101,19 @@ def _table(
         headings.append(heading)
         for row, each in zip(rows, figures, strict=True):
             row.append(_cell(each.get(key), form))
-        if key in differences and len(figures) > 1:
+        if key in differences and any(_same_records(each, figures[0]) for each in figures[1:]):
             headings.append(f"Δ {heading}")
             for row, each in zip(rows, figures, strict=True):
-                row.append(_cell(_difference(each.get(key), figures[0].get(key)), "+" + form))
+                first = figures[0].get(key) if _same_records(each, figures[0]) else None
+                row.append(_cell(_difference(each.get(key), first), "+" + form))
     for row in rows[:1]:  # against itself
         row[:] = ["" if headings[i].startswith("Δ") else cell for i, cell in enumerate(row)]
     return title, headings, rows
+
+
+def _same_records(figures: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Whether two rows' figures are of the same records: what runs held out of their own data may not be."""
+    return figures.get("held_out") == first.get("held_out")
 
 
 def _difference(value: float | None, first: float | None) -> float | None:
@@ -131,7 +137,9 @@ def with_differences(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             name: {
                 key: value - rows[0][kind][name][key]
                 for key, value in figures.items()
-                if _is_number(value) and _is_number(rows[0][kind].get(name, {}).get(key))
+                if _is_number(value)
+                and _is_number(rows[0][kind].get(name, {}).get(key))
+                and _same_records(figures, rows[0][kind][name])
             }
             for kind in kinds
             for name, figures in row[kind].items()
@@ -147,9 +155,16 @@ def _is_number(value: Any) -> bool:
 def _notes(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(data set, and of which rows where they differ; what is to be known)."""
     said = []
+    names = row_names(results)
     for data in results[0]["notes"]:
+        figures = [result["data"][data] for result in results]
+        apart = [
+            name for name, each in zip(names, figures, strict=True) if not _same_records(each, figures[0])
+        ]
+        if apart:
+            said.append((data, f"not the first row's records in {', '.join(apart)}, so no difference to it"))
         of_rows: dict[str, list[str]] = {}
-        for name, result in zip(row_names(results), results, strict=True):
+        for name, result in zip(names, results, strict=True):
             of_rows.setdefault("; ".join(result["notes"][data]), []).append(name)
         for notes, names in of_rows.items():
             said.append((data if len(of_rows) == 1 else f"{data}, {', '.join(names)}", notes))
