@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -287,6 +288,19 @@ def test_what_the_environment_keeps_secret_is_refused(
 
 
 @pytest.mark.parametrize(
+    "schema", [{"const": "hf_abcdefghijklmnopqrstuv"}, {"required": ["hf_abcdefghijklmnopqrstuv"]}]
+)
+def test_a_secret_in_a_file_that_a_setting_names_is_refused(
+    run_config: Compose, tmp_path: Path, schema: dict[str, Any]
+) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(schema), encoding="utf-8")
+    with pytest.raises(UserError, match=r"secret.*sampler\.json_schema") as caught:
+        run_config(f"sampler.json_schema={file}")
+    assert "abcdefgh" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "values",
     [
         {"model": {"revision": COMMIT}},
@@ -296,6 +310,7 @@ def test_what_the_environment_keeps_secret_is_refused(
         {"logger": {"api_key": "", "token": None}},
         {"data": {"path": "/data/tokenizer/hf_short/sk-short"}},
         {"x": {"num_key_value_heads": 3, "max_token": 5}},
+        {"sampler": {"json_schema": {"properties": {"token": {"default": "x"}}, "default": {"token": "x"}}}},
     ],
 )
 def test_what_only_resembles_a_secret_passes(values: dict[str, Any]) -> None:

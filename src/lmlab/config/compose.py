@@ -256,6 +256,8 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
         config = model.model_validate(values)
     except ValidationError as error:
         return None, validation_problems(error, model)
+    # Once more, by shape: a field may have read a file, as json_schema does.
+    refuse_secrets(config.model_dump(mode="json"), by_key=False)
     problems = list(broken_rules(config))
     return (None if problems else config), problems
 
