@@ -118,6 +118,7 @@ def plan_run(config: RunConfig, overrides: Sequence[str], *, folder: Path | None
         callback.check()
     tokenizer_folder, encoder, size = prepare_tokenizer(config)
     limit = _check_model(config, size)
+    _check_samplers(config, tokenizer_folder)
     prepared = prepare(config.data, encoder, task=config.task)
     _check_prompts(config, prepared.meta, encoder, limit)
     if prepared.packed:
@@ -159,6 +160,20 @@ def _check_model(config: RunConfig, tokenizer_size: int) -> int | None:
         check_vocabulary(tokenizer, rows, where=f"model {config.model.label}", added=added)
     config.adapter.check(hf_config, storage=config.quant.kind)
     return limit
+
+
+def _check_samplers(config: RunConfig, tokenizer_folder: Path) -> None:
+    """Refuse samplers of the run that its tokenizer cannot serve."""
+    used = {"sampler": config.sampler}
+    used |= {f"samplers.{name}": config.samplers[name] for name in config.samples.grid}
+    asked = {where: sampler for where, sampler in used.items() if sampler.needs_tokenizer}
+    if asked:
+        from lmlab.generation.constraints import check_constraints
+        from lmlab.tokenizers.load import load_tokenizer
+
+        tokenizer = load_tokenizer(tokenizer_folder)
+        for where, sampler in asked.items():
+            check_constraints(sampler, tokenizer, where=where)
 
 
 def _check_prompts(

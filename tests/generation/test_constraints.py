@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ import torch
 import transformers as hf
 from torch import nn
 
+from lmlab import start
 from lmlab.generation import decode
-from lmlab.generation.constraints import BannedStrings
+from lmlab.generation.constraints import BannedStrings, check_constraints
 from lmlab.generation.decode import Generated, generate
 from lmlab.generation.samplers import load_sampler
 from lmlab.generation.vocabulary import continuation, token_bytes
@@ -354,6 +356,34 @@ def test_json_repeats_its_marks() -> None:
 
 
 # --- contradictions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"begins_with": "Return a copy of it", "max_new_tokens": 1},
+            r"begins_with has .* \(samplers\.x\.begins",
+        ),
+        ({"begins_with": "Yes", "json_schema": SMALL}, "not the beginning of a text that json_schema allows"),
+    ],
+)
+def test_what_a_tokenizer_cannot_serve_is_told_without_a_model(
+    tokenizer: Any, settings: dict[str, Any], says: str
+) -> None:
+    check_constraints(sampler_of(begins_with="R"), tokenizer, where="samplers.x")
+    with pytest.raises(UserError) as caught:
+        check_constraints(sampler_of(**settings), tokenizer, where="samplers.x")
+    assert re.search(says, str(caught.value))
+
+
+def test_the_preflight_refuses_samplers_that_the_tokenizer_cannot_serve() -> None:
+    greedy = sampler_of(begins_with="Return a copy of it", max_new_tokens=1)
+    config: Any = SimpleNamespace(
+        sampler=sampler_of(), samplers={"x": greedy}, samples=SimpleNamespace(grid=["x"])
+    )
+    with pytest.raises(UserError, match="begins_with has"):
+        start._check_samplers(config, TINY)
 
 
 def test_where_nothing_is_left_it_is_said(tokenizer: Any) -> None:

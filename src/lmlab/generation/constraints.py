@@ -74,6 +74,15 @@ class Constraints:
         """Whether a text that ends of itself is complete by a grammar."""
         return self._grammar is not None
 
+    def check(self, vocab: int) -> None:
+        """Start the grammar for ``vocab`` logits, and throw it away.
+
+        Raises:
+            UserError: the tokenizer or the forced beginning does not go with it.
+        """
+        if self._grammar is not None:
+            self._grammar.start(vocab)
+
     def apply(
         self, ids: torch.Tensor, mask: torch.Tensor, rows: Sequence[int | None], scores: torch.Tensor
     ) -> torch.Tensor:
@@ -133,6 +142,23 @@ def constraints_of(
     if not sampler.needs_tokenizer and sampler.repetition_penalty == 1 and not sampler.no_repeat_ngram_size:
         return None
     return Constraints(sampler, prompts, tokenizer=tokenizer, eos_token_ids=eos_token_ids)
+
+
+def check_constraints(sampler: SamplerConfig, tokenizer: Any, *, where: str) -> None:
+    """Whether this tokenizer can serve what the sampler rules out; all that can be told before a model is there.
+
+    Raises:
+        UserError: it cannot; ``where`` is the sampler's key.
+    """
+    if not sampler.needs_tokenizer:
+        return
+    try:
+        Constraints(sampler, [[]], tokenizer=tokenizer, eos_token_ids=[tokenizer.eos_token_id]).check(
+            len(tokenizer)
+        )
+    except UserError as error:
+        place = where + (error.where or "").removeprefix("sampler")
+        raise UserError(error.what, where=place, fix=error.fix) from error
 
 
 class BannedStrings:
@@ -209,7 +235,7 @@ class Grammar:
         self._eos = tuple(sorted(eos_token_ids)) or (tokenizer.eos_token_id,)
         self._forced, self._matchers = forced, list[Any]()
 
-    def _start(self, vocab: int) -> None:
+    def start(self, vocab: int) -> None:
         """Once the number of logits is known, which may be larger than the tokenizer."""
         from llguidance import LLMatcher
 
@@ -232,7 +258,7 @@ class Grammar:
     def apply(self, rows: Sequence[int | None], scores: torch.Tensor) -> None:
         """Rule out in place, ``[lines, vocab]``."""
         if not self._matchers:
-            self._start(scores.shape[-1])
+            self.start(scores.shape[-1])
         allowed = torch.ones(scores.shape, dtype=torch.uint8)
         for line, row in enumerate(rows):
             if row is not None:
