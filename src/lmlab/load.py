@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmlab.assemble import prompting_of, store_base, text_generator
 from lmlab.data.formats import Prompting
 from lmlab.journal import read_json
+from lmlab.models.adapter_base import AdapterDirectory, refuse_other_names
 from lmlab.records import UserError
 
 if TYPE_CHECKING:
@@ -69,21 +70,6 @@ class UsableModel:
             yield self if adapter is None else self._of.get(adapter, self)
 
 
-@dataclass(frozen=True)
-class _Directory:
-    """An adapter's directory and its lmlab.json ({} for one of PEFT's users)."""
-
-    path: Path
-    info: dict[str, Any]
-
-    @classmethod
-    def of(cls, path: Path) -> _Directory:
-        from lmlab.models.adapter_files import check_adapter
-
-        check_adapter(path)
-        return cls(path, read_json(path / "lmlab.json"))
-
-
 def load_for_use(
     name_or_path: str,
     *,
@@ -108,19 +94,44 @@ def load_for_use(
 
     disable_progress_bar()
     path = weights_folder(Path(name_or_path), use_best=use_best)
+    if path is not None:
+        _load_its_plugins(path)
     further = {
-        name: _Directory.of(_adapter_folder(given, use_best)) for name, given in (adapters or {}).items()
+        name: AdapterDirectory.of(_adapter_folder(given, use_best))
+        for name, given in (adapters or {}).items()
     }
     if path is not None and (path / "adapter_config.json").is_file():
         if FIRST in further:
             raise UserError(
                 f"two adapters named '{FIRST}'", where="adapters", fix="name the further ones otherwise"
             )
-        return _adapted({FIRST: _Directory.of(path), **further}, accelerator, quant)
+        return _adapted({FIRST: AdapterDirectory.of(path), **further}, accelerator, quant)
     source = str(path or name_or_path)
     if further:
         return _adapted(further, accelerator, quant, base=source)
     return _plain(source, path, accelerator, quant)
+
+
+def _load_its_plugins(weights: Path) -> None:
+    """Import plugins where a sampler or storage is theirs: those installed, and those in the config.yaml of a run around the
+    weights, never in a file beside weights: a downloaded adapter names none."""
+    import yaml
+
+    from lmlab.generation.samplers import samplers
+    from lmlab.models.quantize import quants
+    from lmlab.registry import load_plugins
+
+    info = read_json(weights / "lmlab.json")
+    needed = ((samplers, info.get("sampler")), (quants, info.get("quant")))
+    if all(
+        not isinstance(values, dict) or values.get("kind") in registry.names() for registry, values in needed
+    ):
+        return
+    run = weights.parent.parent if weights.parent.name == "best" else weights.parent
+    names: Any = []
+    if (run / "run.json").is_file() and (run / "config.yaml").is_file():
+        names = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("plugins", [])
+    load_plugins(names)
 
 
 def weights_folder(path: Path, *, use_best: bool) -> Path | None:
@@ -176,7 +187,9 @@ def combine_and_save(
         )
     weights = {name: weight for name, (_, weight) in adapters.items()}
     combine.check_combination(weights, method, rank)
-    named = {name: _Directory.of(_adapter_folder(path, use_best)) for name, (path, _) in adapters.items()}
+    named = {
+        name: AdapterDirectory.of(_adapter_folder(path, use_best)) for name, (path, _) in adapters.items()
+    }
     combine.check_templates({name: each.info for name, each in named.items()})
     storage = quant or _common_storage(named)
     usable = _adapted(named, "cpu", Unquantized(kind="none"))
@@ -271,7 +284,11 @@ def _usable(
 
 
 def _adapted(
-    named: Mapping[str, _Directory], accelerator: str, quant: QuantConfig | None, *, base: str | None = None
+    named: Mapping[str, AdapterDirectory],
+    accelerator: str,
+    quant: QuantConfig | None,
+    *,
+    base: str | None = None,
 ) -> UsableModel:
     """The base with all adapters on it, the first of them active; every one checked against this base."""
     from lmlab.models.adapter_files import put_on
@@ -282,10 +299,11 @@ def _adapted(
     first = next(iter(named.values()))
     storage = quant or _common_storage(named)
     storage.check_installed()
-    about = _stored_model(base or _base_of(first), None if base else first.info.get("base_revision"))
+    about = _stored_model(*((base, None) if base else first.base()))
+    refuse_other_names(named, about.source)
     hf_config = about.hf_config(None)
     hardware = _hardware(accelerator, storage, hf_config)
-    tokenizers = {name: _tokenizer_of(each, about.source) for name, each in named.items()}
+    tokenizers = {name: _tokenizer_of(each, about.source, about.revision) for name, each in named.items()}
     rows = _rows_for(tokenizers, hf_config.get_text_config().vocab_size)
     dtype = load_dtype(storage, hardware.compute_dtype, mixed=hardware.mixed)
     model: Any = build_model(about, hf_config, seed=0, dtype=dtype, device=hardware.device)
@@ -312,20 +330,7 @@ def _adapted(
     return next(iter(views.values()))
 
 
-def _base_of(adapter: _Directory) -> str:
-    source = adapter.info.get("base") or read_json(adapter.path / "adapter_config.json").get(
-        "base_model_name_or_path"
-    )
-    if not source:
-        raise UserError(
-            "the adapter does not name its base",
-            where=str(adapter.path),
-            fix="set base_model_name_or_path in it",
-        )
-    return source
-
-
-def _storage_of(adapter: _Directory) -> QuantConfig:
+def _storage_of(adapter: AdapterDirectory) -> QuantConfig:
     """How the base lay under the adapter in training."""
     from lmlab.models.quantize import quants
 
@@ -340,7 +345,7 @@ def _storage_of(adapter: _Directory) -> QuantConfig:
         ) from error
 
 
-def _common_storage(named: Mapping[str, _Directory]) -> QuantConfig:
+def _common_storage(named: Mapping[str, AdapterDirectory]) -> QuantConfig:
     """The one way that the base lay under all adapters; one that does not say so takes any."""
     found = {name: _storage_of(each) for name, each in named.items() if each.info.get("quant")}
     storages = list(found.values())
@@ -354,12 +359,14 @@ def _common_storage(named: Mapping[str, _Directory]) -> QuantConfig:
     return storages[0] if storages else _storage_of(next(iter(named.values())))
 
 
-def _tokenizer_of(adapter: _Directory, base: str) -> Any:
+def _tokenizer_of(adapter: AdapterDirectory, base: str, revision: str | None = None) -> Any:
     """The adapter's own, or its base's where PEFT alone wrote the directory."""
     from lmlab.tokenizers import load_tokenizer
 
     own = any((adapter.path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return load_tokenizer(adapter.path if own or adapter.info else base)
+    if own or adapter.info:
+        return load_tokenizer(adapter.path)
+    return load_tokenizer(base, revision=revision)
 
 
 def _rows_for(tokenizers: Mapping[str, Any], base_rows: int) -> int:
@@ -381,7 +388,7 @@ def _rows_for(tokenizers: Mapping[str, Any], base_rows: int) -> int:
     return max(needed.values())
 
 
-def _refuse_other_vocabularies(usable: UsableModel, named: Mapping[str, _Directory]) -> None:
+def _refuse_other_vocabularies(usable: UsableModel, named: Mapping[str, AdapterDirectory]) -> None:
     for name, each in named.items():
         own = _tokenizer_of(each, usable.source).get_vocab()
         if own != usable.tokenizer.get_vocab():

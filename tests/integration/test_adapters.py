@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lmlab.config.named import named_sampler
 from lmlab.load import UsableModel, combine_and_save, load_for_use, weights_folder
 from lmlab.models.adapter_files import check_adapter
-from lmlab.models.build import ASSETS, base_fingerprint
+from lmlab.models.build import ASSETS, Pretrained, base_fingerprint
 from lmlab.models.quantize import Unquantized, quants
 from lmlab.records import UserError
 
@@ -204,6 +204,42 @@ def test_a_second_adapter_is_checked_like_the_first(made: dict[str, str], tmp_pa
     assert "it has default" in refusal(lambda: usable.using("nobody").__enter__())
     plain = load_for_use(str(BASE), accelerator="cpu")
     assert "it has none" in refusal(lambda: plain.using("nobody").__enter__())
+
+
+def renamed(folder: str, to: Path, **config: Any) -> str:
+    """The adapter with other values in adapter_config.json."""
+    import shutil
+
+    shutil.copytree(folder, to)
+    file = to / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | config), encoding="utf-8")
+    return str(to)
+
+
+def test_a_second_adapter_without_a_fingerprint_must_name_the_same_base(
+    made: dict[str, str], tmp_path: Path
+) -> None:
+    other = renamed(made["c"], tmp_path / "other", base_model_name_or_path="someone/another-model")
+    line = refusal(lambda: load_for_use(made["a"], accelerator="cpu", adapters={"other": other}))
+    assert "names another base: someone/another-model" in line
+    (tmp_path / "link").symlink_to(BASE)
+    same = renamed(made["c"], tmp_path / "same", base_model_name_or_path=str(tmp_path / "link"))
+    assert load_for_use(made["a"], accelerator="cpu", adapters={"same": same}).adapter_names[1] == "same"
+
+
+def test_the_revision_in_an_adapter_s_own_config_is_used(
+    made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = renamed(made["c"], tmp_path / "pinned", base_model_name_or_path="someone/a-model", revision="v7")
+    asked: list[str | None] = []
+
+    def config(about: Pretrained, vocab_size: int | None) -> Any:
+        asked.append(about.revision)
+        raise UserError("not here", where="hub", fix="none")
+
+    monkeypatch.setattr(Pretrained, "hf_config", config)
+    refusal(lambda: load_for_use(pinned, accelerator="cpu"))
+    assert asked == ["v7"]
 
 
 @pytest.mark.parametrize("init", ["OLoRA", "pissa_niter_4", "loftq", "not known yet"])
