@@ -81,6 +81,8 @@ def _place(base: str | None) -> str:
     from lmlab.models.build import resolve_source
 
     try:
-        return str(Path(resolve_source(str(base))).resolve()) if base and Path(base).exists() else str(base)
+        return (
+            str(Path(resolve_source(str(base))).resolve()) if base and Path(str(base)).exists() else str(base)
+        )
     except (UserError, OSError, ValueError):
         return str(base)
