@@ -210,6 +210,7 @@ def test_the_quantization_report_is_written_beside_the_table(tmp_path: Path, eva
     assert report["tokens"] > 10
 
 
+@pytest.mark.slow
 def test_a_report_alone_is_the_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Nothing else is on stdout; and storage that changes nothing is drawn without a warning."""
     (tmp_path / "text.txt").write_text("Some words to measure, and some more. " * 4)
