@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lmlab.certify import _packages
 from lmlab.export.certificate import BOUND, NAME, Difference, difference, file_hashes, verdict
 from lmlab.export.directory import check_finite, check_portable, check_target, made_beside
 from lmlab.export.job import ExportJob, parse_adapters
@@ -295,3 +297,11 @@ def test_a_verdict_names_its_figures() -> None:
     verdict(found, bound=1e-4, certified=[])
     with pytest.raises(UserError, match=r"export from trained differs by 2\.00e-01 .* agree at 75\.00%"):
         verdict(found, bound=1e-4, certified=found)
+
+
+def test_the_comparing_process_does_not_look_among_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There scripts/evaluate.py would stand for the package `evaluate`."""
+    scripts = str(Path("scripts").resolve())
+    monkeypatch.setattr(sys, "argv", [f"{scripts}/export.py"])
+    monkeypatch.setattr(sys, "path", [scripts, "", *sys.path])
+    assert _packages() == [place for place in sys.path[2:] if place]
