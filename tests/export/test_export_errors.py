@@ -237,7 +237,12 @@ def test_what_has_no_weighted_sum_takes_the_weight_1_only(kind: str) -> None:
     from lmlab.certify import _mix
 
     torch.manual_seed(0)
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    size: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=16, **size))
     extra: dict[str, Any] = {
         "modules_to_save": {"modules_to_save": ["lm_head"]},

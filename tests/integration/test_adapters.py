@@ -255,7 +255,8 @@ def test_the_bare_base_is_refused_where_a_file_replaced_its_embedding(
 ) -> None:
     folder = Path(copy_with(made["a"], tmp_path / "whole"))
     tensors = load_file(folder / "adapter_model.safetensors")
-    embedding = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).get_input_embeddings().weight
+    base: Any = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    embedding = base.get_input_embeddings().weight
     tensors["base_model.model.model.embed_tokens.weight"] = embedding.detach() + float(changed)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     usable = load_for_use(str(folder), accelerator="cpu")

@@ -148,7 +148,8 @@ def test_a_job_that_the_queue_has_forgotten(queue: Slurm, tmp_path: Path, age: f
     job, run = Job(0, [], "", tmp_path), RunDir(tmp_path)
     note = tmp_path / ".submitted"
     note.write_text("80")
-    os.utime(note, (time.time() - age,) * 2)
+    then = time.time() - age
+    os.utime(note, (then, then))
     write_json(run.lock, {"host": "gpu1", "pid": 1})
     assert (queue.adopt(job) is not None) == adopted
     assert run.holder() == "pid 1 on gpu1"  # it may live: whoever waits says so, and for how long
