@@ -240,6 +240,7 @@ def test_a_changed_base_is_refused(qlora: tuple[RunDir, Any], tmp_path: Path) ->
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_no_file_carries_the_environment(qlora: tuple[RunDir, Any], tmp_path: Path) -> None:
     """A planted token reaches no file of a run (here a short one, with the token in the environment and in .env)."""
     token = "hf_" + "q7" * 12

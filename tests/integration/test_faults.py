@@ -120,7 +120,8 @@ def test_skipping_has_a_limit(tmp_path: Path, failing: dict[str, Any]) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_auto_batch_halves_until_it_fits(tmp_path: Path, failing: dict[str, Any], devices: int) -> None:
     """A GPU's own error, raised by a plugin: none is here to run out of memory."""
     told = [
@@ -141,6 +142,7 @@ def test_auto_batch_halves_until_it_fits(tmp_path: Path, failing: dict[str, Any]
     assert not run.out_of_memory.exists()
 
 
+@pytest.mark.slow
 def test_without_it_memory_is_one_line(tmp_path: Path, failing: dict[str, Any]) -> None:
     told = [*QUICK, "trainer.max_steps=2", *with_failing("memory")]
     done = command("train.py", *told, f"output_root={tmp_path}", "run_name=oom", **failing)
@@ -311,6 +313,7 @@ def test_two_runs_of_two_ranks_at_once_do_not_share_a_port(tmp_path: Path) -> No
 # --- places and data --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bare_locale_and_a_path_with_blanks_and_umlauts(tmp_path: Path) -> None:
     root = tmp_path / "\u00e4 b \u4e2d"
     root.mkdir()

@@ -42,6 +42,7 @@ def test_two_ranks_give_the_weights_of_one_process(adapter: str, tmp_path: Path)
     ]
 
 
+@pytest.mark.slow
 def test_a_multirun_is_one_process_one_directory_and_one_wandb_run_per_job(tmp_path: Path) -> None:
     told = [o for o in QUICK if o != "logger=none"]
     done = command(
@@ -77,6 +78,7 @@ def test_a_multirun_is_one_process_one_directory_and_one_wandb_run_per_job(tmp_p
     assert "quant=nf4, or quant=none" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_failing_job_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     # Of the two learning rates the second blows the loss up to a gradient that is not finite.
     told = [*QUICK, "adapter=none", "optim=sgd", "trainer.gradient_clip_val=null", "optim.lr=0.01,1e30"]
@@ -128,6 +130,7 @@ def test_help_and_cfg_answer_without_the_heavy_libraries() -> None:
     assert "kind: nf4" in config.stdout
 
 
+@pytest.mark.slow
 def test_a_dead_wandb_server_costs_seconds_and_no_number(tmp_path: Path) -> None:
     began = time.monotonic()
     done = command(

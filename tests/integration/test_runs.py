@@ -56,6 +56,7 @@ def test_pretraining_lowers_the_loss_and_reports_bits_per_byte(pretrained: RunDi
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_against_transformers_alone_validation_bits_per_byte(
     pretrained: RunDir, corpus: Path, tmp_path: Path
@@ -378,6 +379,7 @@ def test_resume_under_another_configuration_is_refused_with_a_diff(train: Train)
     assert read_json(run.summary)["steps"] == 4
 
 
+@pytest.mark.slow
 def test_resuming_loses_no_number_and_writes_none_twice(train: Train) -> None:
     told = [
         "data=skills",

@@ -150,7 +150,8 @@ def test_what_only_looks_like_a_secret_is_left_alone(
     assert commit is None or len(commit) == 40
 
 
-@pytest.mark.parametrize("key", ["refused", pytest.param("of a wrong shape", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["refused", "of a wrong shape"])
 def test_a_bad_key_costs_one_line(tmp_path: Path, key: str) -> None:
     with WandbServer(status=401) as server:
         environment = server.environment(**({} if key == "refused" else {"WANDB_API_KEY": "abc"}))
