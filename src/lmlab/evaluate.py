@@ -140,10 +140,6 @@ def _import_ahead(variants: Sequence[Variant]) -> None:
 
     if any(variant.quant not in (None, "none", "fp16", "bf16") for variant in variants):
         import bitsandbytes  # noqa: F401
-    if any(variant.quant == "int4" for variant in variants):
-        from lmlab.models.int4 import require_torchao
-
-        require_torchao()
 
 
 def _one(variant: Variant, asked: Asked, data: DataSets, say: Callable[[str], None]) -> Result:

@@ -244,7 +244,6 @@ def _plain(source: str, path: Path | None, accelerator: str, quant: QuantConfig 
     about = _stored_model(source)
     hf_config = about.hf_config(None)
     storage = quant or Unquantized(kind="none")
-    storage.check_installed()
     hardware = _hardware(accelerator, storage, hf_config)
     dtype = load_dtype(storage, hardware.compute_dtype, mixed=hardware.mixed)
     model = build_model(about, hf_config, seed=0, dtype=dtype, device=hardware.device)
@@ -298,7 +297,6 @@ def _adapted(
 
     first = next(iter(named.values()))
     storage = quant or _common_storage(named)
-    storage.check_installed()
     about = _stored_model(*((base, None) if base else first.base()))
     refuse_other_names(named, about.source)
     hf_config = about.hf_config(None)

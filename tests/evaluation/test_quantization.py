@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import math
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 
 from lmlab.evaluation import divergence
 from lmlab.evaluation.divergence import Document, compare, encode_texts, ratio
-from lmlab.evaluation.quantization import KINDS, layer_errors, layer_weights, quantization_report, storage_of
+from lmlab.evaluation.quantization import layer_errors, layer_weights, quantization_report, storage_of
 from lmlab.evaluation.quantization_pages import _draw_kl, _save
 from lmlab.models.build import ASSETS, EMBEDDED, Pretrained, build_model
 from lmlab.records import UserError
@@ -210,9 +209,3 @@ def test_refused_in_one_line_before_a_model_is_loaded(
     with pytest.raises(UserError, match=message):
         quantization_report(given.pop("name_or_path"), **given, accelerator="cpu", folder=tmp_path / "made")
     assert not (tmp_path / "made").exists()
-
-
-def test_int4_without_torchao_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(UserError, match=r"needs torchao \(quant\): pip install"):
-        quantization_report(EMBEDDED, texts=TEXTS, kinds=KINDS, accelerator="cpu", folder=tmp_path)

@@ -26,8 +26,6 @@ ROWS = [90, 91]
 
 
 def stored(model: Any, kind: str | None) -> Any:
-    if kind == "int4":
-        pytest.importorskip("torchao", reason="lmlab[int4] is not installed")
     if kind is not None:
         values = {"kind": kind} | ({"double_quant": True} if kind in ("nf4", "fp4") else {})
         config: Any = quants.class_of(kind).model_validate(values)

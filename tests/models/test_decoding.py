@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -24,9 +23,8 @@ STORAGE: dict[str, Callable[[Any], None]] = {
     "int8": lambda model: EightBit(kind="int8").apply(model, compute_dtype=torch.float32),
     "nf4": lambda model: FourBit(kind="nf4", double_quant=True).apply(model, compute_dtype=torch.float32),
     "fp4": lambda model: FourBit(kind="fp4", double_quant=False).apply(model, compute_dtype=torch.float32),
+    "int4": lambda model: FourBitInteger(kind="int4").apply(model, compute_dtype=torch.float32),
 }
-if importlib.util.find_spec("torchao"):
-    STORAGE["int4"] = lambda model: FourBitInteger(kind="int4").apply(model, compute_dtype=torch.float32)
 
 
 def base(kind: str = "llama") -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import subprocess
@@ -41,9 +40,8 @@ QUANTS: dict[str, QuantConfig] = {
     "int8": EightBit(kind="int8"),
     "nf4": FourBit(kind="nf4", double_quant=True),
     "nf4 single": FourBit(kind="nf4", double_quant=False),
+    "int4": FourBitInteger(kind="int4"),
 }
-if importlib.util.find_spec("torchao"):
-    QUANTS["int4"] = FourBitInteger(kind="int4")
 
 
 def llama(layers: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from functools import cache
 from typing import Any
@@ -72,8 +71,6 @@ def stored(side: int, kind: str, **values: Any) -> Any:
 @pytest.mark.parametrize(("kind", "percent"), [("nf4", 9.2), ("fp4", 12.2), ("int4", 10.8), ("int8", 0.75)])
 def test_against_integrated_error_of_normal_weights(kind: str, percent: float) -> None:
     """int4's levels lie more evenly than fp4's, and on normal weights it is the better of the two by this measure."""
-    if kind == "int4" and importlib.util.find_spec("torchao") is None:
-        pytest.skip("the extra lmlab[int4] is not installed")
     expected = expected_error(kind, SIDE if kind == "int8" else 64)
     assert 100 * expected == pytest.approx(percent, abs=0.05)
     before = One(SIDE).layer.weight.data

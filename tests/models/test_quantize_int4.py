@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import pytest
@@ -11,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lmlab.config.compose import to_run_config
 from lmlab.models.adapters import Lora, count_parameters
 from lmlab.models.build import Scratch, base_fingerprint, build_model
 from lmlab.models.hardware import move_rest_to
+from lmlab.models.int4 import dequantize_int4, quantize_int4
 from lmlab.models.lora import FusedLora
 from lmlab.models.quantize import (
     FourBitInteger,
@@ -24,11 +23,6 @@ from lmlab.models.quantize import (
     linear_storage,
     stored_bytes,
 )
-from lmlab.records import UserError
-
-pytest.importorskip("torchao", reason="the extra lmlab[int4] is not installed")
-
-from lmlab.models.int4 import dequantize_int4, quantize_int4  # after the skip
 
 INT4 = FourBitInteger(kind="int4")
 LORA = Lora(kind="lora", rank=4, alpha=8.0, dropout=0.0, target_modules="all-linear")
@@ -236,17 +230,3 @@ def test_pefts_own_merge_fails_instead_of_spoiling_the_codes() -> None:
 def test_the_fingerprint_is_taken_of_the_base_before_it_is_stored() -> None:
     assert base_fingerprint(gpt2()) == base_fingerprint(gpt2())
     assert base_fingerprint(stored(gpt2())) != base_fingerprint(gpt2())
-
-
-def test_without_torchao_one_line_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hydra import compose, initialize_config_dir
-
-    from lmlab.config.compose import CONF
-
-    monkeypatch.setitem(sys.modules, "torchao", None)  # how Python marks what cannot be imported
-    with pytest.raises(UserError, match=r"needs torchao \(quant\): pip install 'lmlab\[int4\]'"):
-        INT4.apply(gpt2(), compute_dtype=torch.float32)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("train", overrides=["quant=int4"])
-    with pytest.raises(UserError, match=r"needs torchao"):
-        to_run_config(composed)

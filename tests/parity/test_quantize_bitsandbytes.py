@@ -7,7 +7,6 @@ mode, with bf16 scales. lmlab turns that off on its layers, and so do these test
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,7 @@ ALL = [
     {"kind": "fp4", "double_quant": True},
 ]
 FEW_BITS = ALL[3:]  # bitsandbytes'
-if importlib.util.find_spec("torchao"):  # the extra lmlab[int4]
-    ALL = [*ALL, {"kind": "int4"}]
+ALL = [*ALL, {"kind": "int4"}]
 
 
 def label(values: dict[str, Any]) -> str:

@@ -161,10 +161,6 @@ def broken_rules(config: RunConfig) -> Iterator[UserError]:
 
 def _adapter_and_quant(config: RunConfig) -> Iterator[UserError]:
     adapter, quant = config.adapter.kind, config.quant.kind
-    try:
-        config.quant.check_installed()
-    except UserError as error:
-        yield error
     if adapter == "qlora" and quant not in ("nf4", "fp4"):
         yield RefusedError(
             f"adapter=qlora over quant={quant}",

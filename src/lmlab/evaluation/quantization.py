@@ -130,7 +130,7 @@ def quantization_report(
         ``parameters``, ``definitions``, ``kinds``, ``order``, ``weights``, ``layers`` (kind -> rows) and ``files``.
 
     Raises:
-        UserError: an unknown kind, one whose library is missing, a model that is none, or texts without two tokens.
+        UserError: an unknown kind, a model that is none, or texts without two tokens.
     """
     from lmlab.evaluation.quantization_pages import write_pages
     from lmlab.models.build import build_model, context_length
@@ -182,7 +182,7 @@ def storage_of(kind: str) -> QuantConfig:
     """The config of a kind by its name here (``nf4``, ``nf4+dq``, ...).
 
     Raises:
-        UserError: no such kind, or its library is missing.
+        UserError: no such kind.
     """
     name, plus, detail = kind.partition("+")
     known = [each for each in quants.names() if each != "none"]
@@ -192,7 +192,6 @@ def storage_of(kind: str) -> QuantConfig:
         raise UserError(f"unknown storage '{kind}'", where="kinds", fix=f"one of {', '.join(both)}")
     values = {"kind": name} | ({"double_quant": bool(plus)} if four_bit else {})
     config: Any = quants.class_of(name).model_validate(values)
-    config.check_installed()
     return config
 
 
@@ -212,7 +211,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("torch", "transformers", "bitsandbytes", "torchao"):
+    for name in ("torch", "transformers", "bitsandbytes"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

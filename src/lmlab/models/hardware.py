@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -109,7 +107,6 @@ def choose_hardware(
     Raises:
         UserError: a GPU was asked for and there is none.
     """
-    quiet_libraries()
     has_gpu = torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not has_gpu:
         raise UserError(
@@ -159,18 +156,6 @@ def move_rest_to(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.dtype == torch.float32:
             parameter.data = parameter.data.to(dtype)
-
-
-def quiet_libraries() -> None:
-    """Silence what the libraries say about choices that are made here.
-
-    bitsandbytes, at import on CPUs with AVX512-BF16: an optional kernel is absent (it is not used). torchao, which PEFT
-    imports for every adapter where it is installed: its kernels for GPUs cannot be loaded, and torch deprecates a call
-    it makes. PEFT, at every adapter: transformers renamed a property it reads.
-    """
-    for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
 
 
 def _has_amx() -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lmlab.models.frozen import frozen_product, read_stored
-from lmlab.models.int4 import quantize_int4, require_torchao
+from lmlab.models.int4 import quantize_int4
 from lmlab.registry import Config, quants
 
 if TYPE_CHECKING:
@@ -36,13 +36,6 @@ class QuantConfig(Config):
     def load_dtype(self) -> torch.dtype:
         """Floating type the weights are loaded in, before `apply`."""
         return torch.float32
-
-    def check_installed(self) -> None:
-        """Nothing, unless a library that this storage needs is missing.
-
-        Raises:
-            UserError: it is missing.
-        """
 
     def apply(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
         """Replace the linear layers in place; ``compute_dtype`` is what products are made in."""
@@ -134,11 +127,7 @@ class FourBitInteger(QuantConfig):
 
     kind: Literal["int4"]
 
-    def check_installed(self) -> None:
-        require_torchao()
-
     def apply(self, model: PreTrainedModel, *, compute_dtype: torch.dtype) -> None:
-        self.check_installed()
         for parent, name, module in replaceable(model):
             setattr(parent, name, Int4Linear(*linear_weight(module)))
 
