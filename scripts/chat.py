@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lmlab.config.compose import load_env, report_error
-from lmlab.records import RunFailedError, UserError
+from lmlab.config.compose import run_script
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,17 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--web", action="store_true", help="a page on this machine instead of the terminal")
     parser.add_argument("--port", type=int, default=7860, help="of the page; 0 picks a free one")
     options = parser.parse_args(arguments)
-    load_env()
-    try:
-        return _chat(options)
-    except UserError as error:
-        return report_error(error)
-    except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:  # while it loads
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    return run_script(lambda: _chat(options), stopped="\ninterrupted")  # while it loads
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lmlab.config.compose import load_env, report_error
-from lmlab.records import RunFailedError, UserError
+from lmlab.config.compose import run_script
+from lmlab.records import UserError
 
 # Python puts a script's folder first, and in it this file would be the package `evaluate` that tasks of the harness import.
 sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
@@ -23,17 +23,7 @@ sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__fi
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    load_env()
-    try:
-        return _evaluate(options)
-    except UserError as error:
-        return report_error(error)
-    except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return run_script(lambda: _evaluate(options))
 
 
 def _parser() -> argparse.ArgumentParser:

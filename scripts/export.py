@@ -16,23 +16,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from lmlab.config.compose import load_env, report_error
-from lmlab.records import RunFailedError, UserError
+from lmlab.config.compose import run_script
+from lmlab.records import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    load_env()
-    try:
-        return _verify(options) if options.verify else _export(options)
-    except UserError as error:
-        return report_error(error)
-    except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; nothing was exported", file=sys.stderr)
-        return 130
+    work = _verify if options.verify else _export
+    return run_script(lambda: work(options), stopped="stopped; nothing was exported")
 
 
 def _parser() -> argparse.ArgumentParser:

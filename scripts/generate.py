@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmlab.config.compose import load_env, report_error
-from lmlab.records import RunFailedError, UserError
+from lmlab.config.compose import run_script
+from lmlab.records import UserError
 
 if TYPE_CHECKING:
     from lmlab.chat.prompts import Asked
@@ -21,17 +21,7 @@ LISTS = {"stop": "stop", "bad_word": "bad_words"}
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    load_env()
-    try:
-        return _generate(options)
-    except UserError as error:
-        return report_error(error)
-    except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:  # while it loads
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    return run_script(lambda: _generate(options), stopped="\ninterrupted")  # while it loads
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,9 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from lmlab.config.compose import load_env, report_error
+from lmlab.config.compose import run_script
 from lmlab.journal import RunDir
-from lmlab.records import RunFailedError, UserError
 from lmlab.reproduce import Reproduction, reproduce
 
 
@@ -31,17 +30,11 @@ def main() -> int:
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the new run's directory goes")
     parser.add_argument("--steps", type=int, help="end after so many steps, under the same schedule")
     options = parser.parse_args()
-    load_env()
-    try:
-        found = reproduce(RunDir(options.run), to=options.to, steps=options.steps)
-    except UserError as error:
-        return report_error(error)
-    except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return run_script(lambda: _reproduce(options))
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    found = reproduce(RunDir(options.run), to=options.to, steps=options.steps)
     kept = os.path.relpath(found.write())
     show(found)
     if found.equal:

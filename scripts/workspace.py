@@ -10,8 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from lmlab.config.compose import load_env, report_error
-from lmlab.records import RunFailedError, UserError
+from lmlab.config.compose import run_script
+from lmlab.records import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,14 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="write the specification there instead of saving")
     options = parser.parse_args(arguments)
-    load_env()
-    try:
-        return _make(options)
-    except UserError as error:
-        return report_error(error)
-    except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_script(lambda: _make(options))
 
 
 def _make(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from lmlab.config.errors import UNKNOWN_KEY, combined, hydra_error, unknown_key, validation_problems
 from lmlab.config.plaintext import refuse_secrets, without_secrets
 from lmlab.journal import RunDir, beside
-from lmlab.records import UserError
+from lmlab.records import RunFailedError, UserError
 from lmlab.registry import load_plugins, suggest
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
@@ -189,10 +189,22 @@ def _key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def report_error(error: UserError) -> int:
+def report_error(error: UserError | RunFailedError) -> int:
     """Print ``error: what (where): what to do`` on stderr; the exit code."""
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
+
+
+def run_script(work: Callable[[], int], *, stopped: str = "stopped") -> int:
+    """Read .env and do a script's ``work``; its exit code. An error is one line; Ctrl-C says ``stopped`` and gives 130."""
+    load_env()
+    try:
+        return work()
+    except (UserError, RunFailedError) as error:
+        return report_error(error)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
 
 
 def load_env() -> None:
