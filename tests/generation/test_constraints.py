@@ -21,7 +21,7 @@ from lmlab.generation.constraints import BannedStrings, check_constraints
 from lmlab.generation.decode import Generated, generate
 from lmlab.generation.samplers import load_sampler
 from lmlab.generation.vocabulary import continuation, token_bytes
-from lmlab.records import RunFailedError, UserError
+from lmlab.records import UserError
 from lmlab.tokenizers import train_chars
 
 TINY = Path(__file__).parents[2] / "assets" / "tiny-base"
@@ -386,13 +386,16 @@ def test_the_preflight_refuses_samplers_that_the_tokenizer_cannot_serve() -> Non
         start._check_samplers(config, TINY)
 
 
-def test_where_nothing_is_left_it_is_said(tokenizer: Any) -> None:
-    with pytest.raises(RunFailedError, match=r"no token is left.*bad_words, json_schema"):
-        write(
-            *(FixedLogits(torch.zeros(len(tokenizer))), tokenizer, ["x"], [0]),
-            json_schema={"const": True},
-            bad_words=["t"],
-        )
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_nothing_is_left_the_text_ends_and_says_so(tokenizer: Any, temperature: float) -> None:
+    [text] = write(
+        *(FixedLogits(torch.zeros(len(tokenizer))), tokenizer, ["x"], [0]),
+        json_schema={"const": True},
+        bad_words=["t"],
+        temperature=temperature,
+    )
+    assert text.stop_reason == "blocked"
+    assert text.token_ids == []
 
 
 @pytest.mark.parametrize(

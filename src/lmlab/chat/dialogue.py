@@ -62,6 +62,7 @@ class Reply:
             "context": "the model's context is full",
             "stop": "a stop string came",
             "complete": "the schema is complete",
+            "blocked": "the sampler rules out every token",
             "stopped": "stopped",
         }
         length = (

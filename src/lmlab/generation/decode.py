@@ -13,6 +13,7 @@ the logits: two tokens tied to within that rounding can swap.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from lmlab.generation.cache import FilledLayer
     from lmlab.generation.graphs import StaticSteps
 
-StopReason = Literal["eos", "length", "context", "stop", "complete"]
+StopReason = Literal["eos", "length", "context", "stop", "complete", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Generated:
     Attributes:
         token_ids: the new tokens, without the end-of-sequence token.
         stop_reason: ``eos``; ``length`` (max_new_tokens written); ``context`` (the model's context is full); ``stop``
-            (``on_token`` said so); ``complete`` (a text by the sampler's JSON schema, whole).
+            (``on_token`` said so); ``complete`` (a text by the sampler's JSON schema, whole); ``blocked``
+            (bad_words, json_schema and the like rule out every token that could follow).
         mean_entropy: of softmax(logits), in nats, the mean over the row's steps; None unless asked for.
     """
 
@@ -266,29 +268,23 @@ def _write(batch: _Batch, sampler: SamplerConfig, ends: _Ends, *, entropy: bool)
         if sampler.draws:
             tokens = draw(scores, [row.generator for row in batch.rows])
         # One transfer for all; ids are exact in fp64.
-        found = [best.isfinite().all()[None].double(), tokens.double()]
+        found = [best.double(), tokens.double()]
         if entropy:
             found.append(torch.special.entr(logits.softmax(-1)).sum(-1).double())
-        finite, *values = torch.cat(found).tolist()
-        if not finite:
-            raise _no_choice(best)
+        highest, chosen, *entropies = torch.cat(found).view(len(found), -1).tolist()
         for line, row in enumerate(batch.rows):
-            if row.live:
-                if entropy:
-                    row.entropies.append(values[len(batch.rows) + line])
-                ends.take(row, int(values[line]))
+            blocked = highest[line] == -math.inf and ends.constraints is not None
+            if not (blocked or math.isfinite(highest[line])):
+                raise RunFailedError("the logits are not finite while generating: the weights have diverged")
+            if row.live and blocked:
+                row.reason = "blocked"
+            elif row.live:
+                if entropies:
+                    row.entropies.append(entropies[0][line])
+                ends.take(row, int(chosen[line]))
         if not any(row.live for row in batch.rows):
             return
         batch.append(tokens)
-
-
-def _no_choice(best: torch.Tensor) -> RunFailedError:
-    """Why the best score ``[lines]`` of some row is no number."""
-    if bool((best.isnan() | (best == torch.inf)).any()):
-        return RunFailedError("the logits are not finite while generating: the weights have diverged")
-    return RunFailedError(
-        "no token is left to choose while generating: the sampler's bad_words, json_schema and the like rule out all"
-    )
 
 
 def prefill_groups(lengths: Sequence[int], *, one_more: int) -> list[slice]:

@@ -26,8 +26,8 @@ class GeneratedText:
         text: without the prompt, the end mark, a stop string and what follows it, and without the first bytes of a
             character that was not finished.
         new_tokens: tokens written, also those of a stop string.
-        stop_reason: ``eos``, ``length``, ``context``, ``stop`` (a stop string came) or ``complete`` (the text is JSON
-            that the sampler's schema allows).
+        stop_reason: ``eos``, ``length``, ``context``, ``stop`` (a stop string came), ``complete`` (the text is JSON
+            that the sampler's schema allows) or ``blocked`` (the sampler's constraints rule out every token).
         mean_entropy: of the model's own distribution softmax(logits), before any sampler: nats, mean over the row's
             steps; None unless asked for.
     """
