@@ -248,7 +248,6 @@ def text_generator(
     model: Any, tokenizer: Any, hardware: Hardware, generation_config: Any, attn: str, prompting: Prompting
 ) -> TextGenerator:
     """What continues prompts with ``model``, under its standard attention ``attn`` and in the hardware's precision."""
-    import torch
 
     from lmlab.generation.text import TextGenerator
     from lmlab.models.attention import attention
@@ -272,8 +271,7 @@ def text_generator(
                 stack.enter_context(
                     ready_to_decode(model, compute_dtype=hardware.compute_dtype, num_steps=num_steps)
                 )
-            if hardware.autocast:
-                stack.enter_context(torch.autocast(hardware.device.type, dtype=hardware.compute_dtype))
+            stack.enter_context(hardware.computing())
             yield
 
     return TextGenerator(

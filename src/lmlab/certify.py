@@ -32,7 +32,7 @@ from lmlab.export.certificate import (
     write_on,
 )
 from lmlab.export.job import ExportJob
-from lmlab.journal import RunDir, read_json
+from lmlab.journal import RunDir, read_json, versions_of
 from lmlab.records import RunFailedError, UserError
 
 BUILT_IN = (
@@ -188,7 +188,8 @@ def certify(job: ExportJob, folder: Path) -> dict[str, Any]:
         "differences": as_json(found),
         "reference": reference_of(texts, own),
         "made_with": {
-            **_versions(),
+            "python": sys.version.split()[0],
+            **versions_of("lmlab", "torch", "transformers", "peft", "bitsandbytes"),
             "device": trained.hardware.device.type,
             "threads": torch.get_num_threads(),
         },
@@ -262,18 +263,6 @@ def _with_peft_alone(job: ExportJob, folder: Path) -> Any:
     usable = load_as_trained(job)
     base = usable.model.unload()
     return PeftModel.from_pretrained(base, str(folder)).eval()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version.split()[0]}
-    for name in ("lmlab", "torch", "transformers", "peft", "bitsandbytes"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
 
 
 def verify(folder: Path) -> tuple[dict[str, Any], float | None]:

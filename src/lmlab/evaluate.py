@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from lmlab.evaluation.answers import Answers
     from lmlab.generation.samplers import SamplerConfig
     from lmlab.load import UsableModel
-    from lmlab.models.hardware import Hardware
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ def _on_data(usable: UsableModel, measured: Measured, asked: Asked) -> tuple[dic
         require_flat(usable.model.config, "data.cross_document_attention")
     rows = rows_to_score(measured.prepared, stride=asked.stride if is_text else None, side=measured.side)
     standard = str(usable.model.config._attn_implementation)
-    with attention(usable.model, NAME if flat else standard), precision(usable.hardware):
+    with attention(usable.model, NAME if flat else standard), usable.hardware.computing():
         found = likelihood(
             usable.model,
             rows,
@@ -214,18 +212,6 @@ def _on_data(usable: UsableModel, measured: Measured, asked: Asked) -> tuple[dic
     sampler = chosen_sampler(asked.sampler, asked.sampler_settings, usable.sampler)
     answers = answer(usable.generator, questions, sampler=sampler, seed=asked.seed)
     return {**figures, **answers.figures(), "sampler": sampler.model_dump(mode="json")}, answers
-
-
-@contextmanager
-def precision(hardware: Hardware) -> Iterator[None]:
-    """The products of training's validation: 16 bits by autocast where the run has them so."""
-    import torch
-
-    if not hardware.autocast:
-        yield
-        return
-    with torch.autocast(hardware.device.type, dtype=hardware.compute_dtype):
-        yield
 
 
 def _windows(measured: Measured, asked: Asked, figures: dict[str, Any], answers: Answers | None) -> list[str]:

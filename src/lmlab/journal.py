@@ -218,6 +218,19 @@ def _process_start(pid: int) -> int | None:
         return None
 
 
+def versions_of(*packages: str) -> dict[str, str]:
+    """Package -> its installed version, or ``absent``."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
 def write_json(path: Path, value: Any, *, sync: bool = False) -> None:
     """Write a JSON file by rename in the same folder; a lone surrogate becomes its JSON escape.
 

@@ -261,15 +261,23 @@ def _one_turn(question: str, answer: str, options: FormatOptions) -> Document:
 
 
 def _run_data(model: str) -> dict[str, Any]:
-    """The ``data`` section of the config of the run that ``model`` belongs to; {} for others."""
+    """The ``data`` section of the config of the run that ``model`` belongs to; {} for others.
+
+    Raises:
+        UserError: that config cannot be read, and without it the data would be read otherwise than in training.
+    """
     folder = run_folder(model)
     if folder is None:
         return {}
     try:
         values = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         return dict(values["data"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return {}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            "the run's config cannot be read",
+            where=str(folder / "config.yaml"),
+            fix="put it back as it was, or give the weights' own folder from elsewhere",
+        ) from error
 
 
 def own_side(side: str, model: str) -> Measured:

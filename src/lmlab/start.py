@@ -35,7 +35,7 @@ from lmlab.data.formats import Prompting
 from lmlab.data.prepare import TextEncoder, prepare, training_texts
 from lmlab.data.prepared import PreparedData
 from lmlab.data.sources import cache_root
-from lmlab.journal import RunDir, check_run_name, read_json, slug, write_json
+from lmlab.journal import RunDir, check_run_name, read_json, slug, versions_of, write_json
 from lmlab.records import UserError
 from lmlab.resume import branched_from, check_unchanged, goes_on
 
@@ -358,11 +358,9 @@ def _git() -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     """Versions and hardware for run.json; nothing from the environment variables."""
-    from importlib.metadata import version
-
     import torch
 
-    names = (
+    packages = (
         "lightning",
         "hydra-core",
         "omegaconf",
@@ -376,14 +374,8 @@ def _environment() -> dict[str, Any]:
         "datasets",
         "tokenizers",
     )
-    versions = {"python": platform.python_version()}
-    for name in names:
-        try:
-            versions[name] = version(name)
-        except Exception:
-            versions[name] = "absent"
     return {
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions_of(*packages)},
         "hardware": {
             "machine": platform.machine(),
             "system": platform.system(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -344,6 +345,18 @@ def test_an_error_is_one_line_and_exit_2(
     assert len(lines) == 1, lines
     for word in words:
         assert word.replace("{tmp}", str(tmp_path)) in lines[0]
+
+
+def test_a_run_whose_config_is_broken_is_not_read_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(BASE, tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text("data: [")
+    (tmp_path / "text.txt").write_text("Some words to measure. " * 4)
+    assert main([str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"), "--accelerator", "cpu"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "the run's config cannot be read" in errors[0]
 
 
 def test_the_script_does_not_stand_for_the_package_evaluate(tmp_path: Path) -> None:

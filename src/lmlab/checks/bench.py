@@ -10,9 +10,8 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -207,18 +206,6 @@ class Bench:
 
             torch.cuda.empty_cache()
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Products in the type that training makes them in."""
-        import torch
-
-        hardware = self.hardware
-        if not hardware.autocast:
-            yield
-            return
-        with torch.autocast(hardware.device.type, dtype=hardware.compute_dtype):
-            yield
-
     def own_logits(self, model: Any, document: Example, at: torch.Tensor | None = None) -> torch.Tensor:
         """The model's own fp32 logits ``[n, vocab]`` of one document alone, in the attention it came with, not training.
 
@@ -237,7 +224,7 @@ class Bench:
         batch = collate_padded([document])
         positions = batch.supervised_index[-LOOKED_AT:] if at is None else at
         batch = dataclasses.replace(batch, supervised_index=positions)
-        with torch.no_grad(), evaluating(model), attention(model, self._standard), self.computing():
+        with torch.no_grad(), evaluating(model), attention(model, self._standard), self.hardware.computing():
             return own_logits(model, batch.to(self.hardware.device)).logits
 
     def gradient(self, batch: PackedBatch, attn: str, divisor: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -252,7 +239,7 @@ class Bench:
         model = self.built.model
         model.zero_grad(set_to_none=True)
         with attention(model, attn):
-            with self.computing():
+            with self.hardware.computing():
                 total = loss_sum(model, batch.to(self.hardware.device), self.config.loss)
             (total / divisor).backward()
         return float(total.detach()), self.taken_gradients()

@@ -140,7 +140,7 @@ def _leak(bench: Bench, documents: Sequence[Example]) -> Iterator[Part]:
 
     def logits(row: Sequence[Example]) -> torch.Tensor:
         batch = dataclasses.replace(collate_flat(row), supervised_index=torch.tensor(ends))
-        with torch.no_grad(), evaluating(model), attention(model, NAME), bench.computing():
+        with torch.no_grad(), evaluating(model), attention(model, NAME), bench.hardware.computing():
             return supervised_logits(model, batch.to(bench.hardware.device)).logits.cpu()
 
     before = logits(documents)

@@ -17,7 +17,7 @@ from lmlab.checks.compare import Difference, differences, metric_agreement
 from lmlab.checks.sizes import largest
 from lmlab.checks.table import Part, SkippedError, check
 from lmlab.config.schema import RunConfig, mixed_precision_instead
-from lmlab.journal import RunDir, write_json
+from lmlab.journal import RunDir, versions_of, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -206,12 +206,10 @@ def resume_certificate(bench: Bench) -> dict[str, Any]:
 
 def held_for() -> dict[str, Any]:
     """When and on what it was found."""
-    from importlib.metadata import version
-
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "lightning")}
+    versions = versions_of("torch", "transformers", "peft", "lightning")
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     return {"date": now, "versions": versions, "gpu": gpu, "cpus": os.cpu_count()}
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from lmlab.evaluation.divergence import Document, compare, encode_texts, ratio
+from lmlab.journal import versions_of
 from lmlab.models.quantize import (
     QuantConfig,
     dense_weight,
@@ -149,7 +150,7 @@ def quantization_report(
     found = {
         "model": name_or_path,
         "device": str(hardware.device),
-        "versions": _versions(),
+        "versions": versions_of("torch", "transformers", "bitsandbytes"),
         "texts": len(documents),
         "skipped_texts": skipped,
         "tokens": sum(document.predicted for document in documents),
@@ -205,21 +206,6 @@ def _pretrained(name_or_path: str) -> Any:
         trust_remote_code=False,
         gradient_checkpointing=False,
     )
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "transformers", "bitsandbytes"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def layer_errors(reference: Any, stored: Any) -> tuple[list[LayerError], float]:

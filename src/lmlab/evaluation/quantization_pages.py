@@ -21,6 +21,8 @@ COLOURS = {
     "nf4": "#2ca02c",
     "nf4+dq": "#17a589",
 }
+SMALLEST_ERROR = 1e-2
+"""Percent: where the plot of errors ends below. A model kept in bf16 is stored in 16 bits all but exactly."""
 NAMES_UP_TO = 48
 """Layers whose names fit under a plot; more are numbered."""
 
@@ -191,7 +193,10 @@ def _draw_errors(axes: Axes, found: Mapping[str, Any]) -> None:
         dashed = "--" if kind.endswith("+dq") else "-"
         axes.plot(errors, dashed, marker="o", markersize=3, linewidth=1, color=_colour(kind), label=kind)
     axes.set_yscale("log")
-    axes.set_ylabel("relative error of the weight, %")
+    lowest = axes.get_ylim()[0]
+    axes.set_ylim(bottom=max(lowest, SMALLEST_ERROR))
+    below = f" (below {SMALLEST_ERROR:g} not shown)" if lowest < SMALLEST_ERROR else ""
+    axes.set_ylabel(f"relative error of the weight, %{below}")
     axes.set_title(f"Error of each linear layer, {Path(found['model']).name}", loc="left")
     axes.grid(axis="y", alpha=0.3)
     if len(names) <= NAMES_UP_TO:
@@ -218,8 +223,7 @@ def _draw_quality(axes: Axes, found: Mapping[str, Any]) -> None:
             label=row["kind"],
         )
     axes.axhline(0, color="#5f6368", linewidth=0.8)
-    smallest = min((abs(row["nll_increase"]) for row in rows if row["nll_increase"]), default=1e-6)
-    axes.set_yscale("symlog", linthresh=max(smallest, 1e-7))
+    axes.set_yscale("symlog", linthresh=1e-3)
     ends = [row["nll_increase"] + side * (row["nll_increase_error"] or 0) for row in rows for side in (-1, 1)]
     axes.set_ylim(min(0.0, 2 * min(ends)), max(0.0, 2 * max(ends)) or 1.0)
     axes.set_xscale("log", base=2)

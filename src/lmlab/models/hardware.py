@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,6 +40,10 @@ class Hardware:
     def autocast(self) -> bool:
         """Whether products need an autocast region to be in 16 bits."""
         return self.precision != "fp32" and self.mixed
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Products inside are made in `compute_dtype`, as in training."""
+        return torch.autocast(self.device.type, dtype=self.compute_dtype) if self.autocast else nullcontext()
 
     @property
     def lightning_precision(self) -> str:
