@@ -1,6 +1,6 @@
 """The GPU suite: everything in one process, under 8 minutes, one JSON.
 
-    python benchmarks/gpu.py --out gpu.json [--sections head,lora1b,lora8b,qlora8b,generate,plan] [--peer]
+    python benchmarks/gpu.py --out gpu.json [--sections device,head,qlora8b,lora8b,lora1b,profile8b,storages1b,compiled8b,plan,generate] [--peer]
 
 Random weights of the Llama 3.2 1B and 3.1 8B shapes, documents of mixed lengths (log-normal, mean about 250 tokens),
 two thirds of each supervised. lmlab runs through its own module and Lightning loop; TRL (SFTTrainer, bf16, packing
@@ -72,19 +72,24 @@ def adapter() -> Any:
     return Lora(kind="lora", rank=16, alpha=32.0, dropout=0.0, target_modules="all-linear")
 
 
+def stored(name: str) -> Any:
+    from lmlab.registry import quants
+
+    options = {"kind": name, "double_quant": True} if name in ("nf4", "fp4") else {"kind": name}
+    return quants.class_of(name).model_validate(options)
+
+
 def own_model(shape: str, storage: str, *, checkpointing: bool, compiled: bool = False) -> Any:
     """As `lmlab.assemble` builds it on a GPU."""
     from lmlab.models.attention import use_packed_attention
     from lmlab.models.build import compile_layers, enable_checkpointing
     from lmlab.models.fused import use_fused_layers
     from lmlab.models.hardware import move_rest_to
-    from lmlab.models.quantize import FourBit, SixteenBit
 
     model = base(shape)
     if checkpointing:
         enable_checkpointing(model)
-    quant: Any = SixteenBit(kind="bf16") if storage == "bf16" else FourBit(kind="nf4", double_quant=True)
-    quant.apply(model, compute_dtype=torch.bfloat16)
+    stored(storage).apply(model, compute_dtype=torch.bfloat16)
     move_rest_to(model, torch.bfloat16)
     use_fused_layers(model)
     model = adapter().apply(model, seed=0).cuda().train()
@@ -350,6 +355,40 @@ def lora(shape: str, *, peer: bool, rounds: int) -> dict[str, Any]:
     return found
 
 
+def profile(shape: str) -> dict[str, Any]:
+    """Kernels of one forward and backward pass, bf16 LoRA, by the time they take: milliseconds, launches."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    from lmlab.models.head import loss_sum
+
+    free()
+    model = own_model(shape, "bf16", checkpointing=False)
+    batch = batches(documents(700), TOKENS)[0].to("cuda")
+
+    def step() -> None:
+        loss_sum(model, batch).backward()
+
+    seconds = timed(step)
+    with profiled(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    rows = [[e.key[:160], round(e.self_device_time_total / 1e3, 2), e.count] for e in kernels[:40]]
+    busy = sum(event.self_device_time_total for event in kernels) / 1e3
+    return {"tokens": batch.num_tokens, "wall_ms": seconds * 1e3, "kernels_ms": busy, "kernels": rows}
+
+
+def storages(shape: str) -> dict[str, Any]:
+    """LoRA over each storage of the frozen base, no checkpointing."""
+    found: dict[str, Any] = {}
+    for _ in range(2):
+        for storage in ("bf16", "int8", "nf4", "int4"):
+            found.setdefault(storage, []).append(own_run(shape, storage))
+    return found
+
+
 def compiled(shape: str) -> dict[str, Any]:
     """Layers compiled one by one: what the first steps cost and what the others gain."""
     began = time.perf_counter()
@@ -438,9 +477,7 @@ def planned(
     from lmlab.models.build import Scratch
     from lmlab.models.head import NLL
     from lmlab.models.plan import PlannedRun, Workload, plan
-    from lmlab.models.quantize import FourBit, SixteenBit
 
-    quant: Any = SixteenBit(kind="bf16") if storage == "bf16" else FourBit(kind="nf4", double_quant=True)
     scratch = Scratch(
         kind="scratch", name=shape, architecture="llama", config={}, gradient_checkpointing=checkpointing
     )
@@ -452,7 +489,7 @@ def planned(
     run = PlannedRun(
         scratch,
         LlamaConfig(**COMMON, **SHAPES[shape]),
-        quant,
+        stored(storage),
         adapter(),
         NLL,
         optimizer,
@@ -530,6 +567,8 @@ def sections(options: argparse.Namespace, plan_file: Path) -> Iterator[tuple[str
     yield "qlora8b", qlora8b
     yield "lora8b", lambda: lora("8b", peer=options.peer, rounds=options.rounds)
     yield "lora1b", lambda: lora("1b", peer=options.peer, rounds=options.rounds)
+    yield "profile8b", lambda: profile("8b")
+    yield "storages1b", lambda: storages("1b")
     yield "compiled8b", lambda: compiled("8b")
     yield "plan", lambda: plans(plan_file)
     yield "generate", generate

@@ -130,8 +130,14 @@ def test_against_peft_fused_lora_fp32(storage: dict[str, Any]) -> None:
     assert distance(grads, reference) < 1e-4
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("storage", [ALL[2], ALL[3], ALL[4]], ids=label)
+@pytest.mark.parametrize(
+    ("storage", "compiled"),
+    [
+        *((storage, False) for storage in (ALL[2], ALL[3], ALL[4], ALL[-1])),
+        (ALL[2], True),  # over fewer bits checkpointing in compiled layers is refused
+    ],
+    ids=lambda value: label(value) if isinstance(value, dict) else "compiled" if value else "eager",
+)
 def test_a_bf16_base_trains_with_checkpointing(storage: dict[str, Any], compiled: bool) -> None:
     base = random_model("llama", std=0.08).to(CUDA)
     enable_checkpointing(base)
@@ -211,6 +217,8 @@ def test_policy_on_a_gpu() -> None:
         ["adapter=lora", "quant=bf16"],
         ["adapter=qlora", "quant=nf4", "model.gradient_checkpointing=true"],
         ["adapter=lora", "quant=int8", "trainer.precision=fp16"],
+        ["adapter=qlora", "quant=int4"],
+        ["adapter=lora", "adapter.dora=true", "quant=nf4"],
         ["task=pretrain", "trainer.compile=true"],
         ["adapter=lora", "data.packing=true"],
     ],
