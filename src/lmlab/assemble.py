@@ -160,7 +160,7 @@ def _build_base(
         "model/base_bytes": stored_bytes(model),
         "model/base_bits_per_param": sum(layer.bits for layer in storage) / max(1, params),
     }
-    use_fused_layers(model)
+    use_fused_layers(model, compiled=config.trainer.compile)
     return model, base_path, fingerprint, figures
 
 

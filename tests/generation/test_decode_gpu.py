@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -61,6 +62,8 @@ def check(model: Any, eos: list[int]) -> None:
     expected, clear = reference(model)
     with ready_to_decode(model, compute_dtype=torch.float32, num_steps=NEW):
         rows = generate(model, PROMPTS, sampler=SAMPLER, eos_token_ids=eos, seeds=range(len(PROMPTS)))
+    # A capture that fails must not leave its own stream as the current one.
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     for row, ids, stop in zip(rows, expected, clear, strict=True):
         end = next((step for step, token in enumerate(ids) if token in eos), NEW)
         assert row.token_ids[: min(stop, end)] == ids[: min(stop, end)]
@@ -128,8 +131,37 @@ def test_against_the_cpu_samplers_and_constraints_with_graphs(settings: Any, cap
         found = generate(model, PROMPTS, sampler=sampler, eos_token_ids=(), seeds=seeds, entropy=True)
     assert "without CUDA graphs" not in capsys.readouterr().err
     for row, other in zip(found, expected, strict=True):
-        assert row.token_ids == other.token_ids  # one draw in some 10^4 lies within rounding of a token's edge
+        assert (
+            row.token_ids == other.token_ids
+        )  # one draw in some 10^4 lies within rounding of a token's edge
         assert row.mean_entropy == pytest.approx(other.mean_entropy, rel=1e-3)
+
+
+class PinsMemory(threading.Thread):
+    """What a loader does that makes the next batch meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.ended, self.rounds = threading.Event(), 0
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            batch = torch.ones(1000 + self.rounds, dtype=torch.int64).pin_memory()
+            assert batch.to("cuda", non_blocking=True)[0] == 1
+            self.rounds += 1
+
+
+def test_a_thread_that_pins_memory_does_not_spoil_the_capture(capsys: Any) -> None:
+    thread = PinsMemory()
+    thread.start()
+    try:
+        for _ in range(3):
+            check(build("llama"), [])
+    finally:
+        thread.ended.set()
+        thread.join()
+    assert thread.rounds > 3
+    assert "without CUDA graphs" not in capsys.readouterr().err
 
 
 def test_under_autocast_weights_and_random_state_stay_and_training_goes_on() -> None:

@@ -13,7 +13,13 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-SHORT = ["logger=none", "metrics=none", "trainer.max_steps=12", "trainer.val_every_n_steps=12", "samples.prompts=2"]
+SHORT = [
+    "logger=none",
+    "metrics=none",
+    "trainer.max_steps=12",
+    "trainer.val_every_n_steps=12",
+    "samples.prompts=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +67,7 @@ def test_the_invariances_hold(precision: str) -> None:
 
 @pytest.mark.parametrize("storage", ["int4", "int8"])
 def test_a_run_resumes_as_if_never_stopped(storage: str, tmp_path: Path) -> None:
-    told = ["adapter=qlora", f"quant={storage}", *SHORT, f"output_root={tmp_path}", "run_name=run"]
+    told = ["adapter=lora", f"quant={storage}", *SHORT, f"output_root={tmp_path}", "run_name=run"]
     done = command("scripts/check.py", "resume", *told)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "resume" in done.stdout

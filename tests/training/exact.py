@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import uuid
@@ -269,3 +270,41 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[
     )
     results = elastic_launch(settings, function)(*arguments)
     return [results[rank] for rank in range(count)]
+
+
+GATHERED = {None: 1e-4, torch.bfloat16: 5e-2}
+"""Types of a sharded model's products, and how far its gathered gradients may be from a whole fp32 model's, relatively."""
+
+
+def gathered_gradients(records: str, device_type: str) -> dict[str, float]:
+    """For `on_ranks`: by type (of `GATHERED`), how far the gradient of one batch, the same on all ranks, is from a whole model's."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from lmlab.data.packing import collate_flat
+    from lmlab.models.head import loss_sum
+    from lmlab.models.sharding import shard_model, sharded_loss_sum, whole
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device(device_type, rank if device_type == "cuda" else 0)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        batch = collate_flat(rows_of_steps(prepared_data(Path(records)), 8)).to(device)
+        plain: Any = tiny_model()
+        plain.to(device)
+        use_packed_attention(plain)
+        loss_sum(plain, batch).backward()
+        expected = {name: p.grad.cpu() for name, p in plain.named_parameters()}
+        found: dict[str, float] = {}
+        for dtype in GATHERED:
+            model: Any = tiny_model()  # in host memory, as a model too large for one card
+            use_packed_attention(model)
+            shard_model(model, init_device_mesh(device_type, (size,)), param_dtype=dtype)
+            sharded_loss_sum(model, batch).backward()
+            gathered = whole({name: p.grad for name, p in model.named_parameters()}, keep=True)
+            found[str(dtype)] = distance(expected, gathered)
+        return found
+    finally:
+        dist.destroy_process_group()

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from exact import (
+    GATHERED,
     STEPS,
     Gradients,
     bring_up,
     distance,
+    gathered_gradients,
+    on_ranks,
     on_two_ranks,
     options,
     prepared_data,
@@ -258,6 +261,14 @@ def test_a_gradient_that_is_no_number_stops_every_rank(sharded: list[dict[str, A
     for found in sharded:
         assert "gradient norm is nan" in found["nonfinite"]
         assert "at step 1" in found["nonfinite"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_against_a_whole_model_gradient(count: int, folder: Path) -> None:
+    records = str(write_records(folder / f"records-{count}.jsonl"))
+    for found in on_ranks(count, gathered_gradients, records, "cpu"):
+        for dtype, tolerance in GATHERED.items():
+            assert found[str(dtype)] < tolerance
 
 
 def test_a_model_without_layers_is_refused() -> None:

@@ -120,9 +120,11 @@ class Constraints:
     def _without_repeated_ngrams(
         processor: LogitsProcessor, ids: torch.Tensor, seen: torch.Tensor, scores: torch.Tensor
     ) -> torch.Tensor:
-        """Row by row, as the processor does it anyway, so that it sees no padding."""
+        """Row by row, so that the processor sees no padding; ids and scores on one device, as some versions want."""
         lines = zip(ids, seen, scores, strict=True)
-        return torch.cat([processor(own[there][None], line[None]) for own, there, line in lines])  # pyright: ignore[reportArgumentType]
+        return torch.cat(
+            [processor(own[there][None].to(line.device), line[None]) for own, there, line in lines]  # pyright: ignore[reportArgumentType]
+        )
 
     def took(self, row: int, token: int) -> bool:
         """Note a row's new token (not an end mark); True if its text is complete and nothing can follow."""

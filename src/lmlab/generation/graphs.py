@@ -147,7 +147,13 @@ class StaticSteps:
                     self._forward()
             torch.cuda.current_stream(device).wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # The outer block: torch.cuda.graph leaves its own stream as the current one where a capture fails, and
+            # training would go on there, beside everything that counts on the default one. Threads: one that pins the
+            # next batch's memory must not spoil the capture.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 self._logits = self._forward()
         self._graph = graph
 

@@ -279,7 +279,8 @@ class _Simulation:
         use_fused_layers(model, unchecked=True)
         self.standard_attention = str(model.config._attn_implementation)
         footprint.kind, footprint.mark = "adapter", ("load", "adapt")
-        adapted = run.adapter.apply(model, seed=0)
+        with self.device:  # moved there later, some fake tensors keep the device they were made on
+            adapted = run.adapter.apply(model, seed=0)
         if run.workload.flat:
             use_packed_attention(adapted)
         return adapted.to(self.device).train()

@@ -78,16 +78,18 @@ def whole(values: Any, *, keep: bool) -> Any:
     Args:
         keep: on this rank; elsewhere each is gathered and dropped again. One at a time is on the device.
     """
-    gathered: dict[int, torch.Tensor | None] = {}
+    gathered: dict[tuple[int, ...], torch.Tensor | None] = {}
 
     def gather(value: Any) -> Any:
         if not isinstance(value, DTensor):
             return value.cpu() if keep and isinstance(value, torch.Tensor) else value
-        storage = value.to_local().untyped_storage()._cdata  # its address would be 0 of every empty share
-        if storage not in gathered:
+        share = value.to_local()
+        # Gradients may be parts of one buffer. A storage's address would be 0 of every empty share.
+        place = (share.untyped_storage()._cdata, share.storage_offset(), *value.shape)
+        if place not in gathered:
             full = value.full_tensor()
-            gathered[storage] = full.cpu() if keep else None
-        return gathered[storage]
+            gathered[place] = full.cpu() if keep else None
+        return gathered[place]
 
     with torch.no_grad():
         return tree_map(gather, values)
