@@ -73,6 +73,7 @@ def adapter() -> Any:
 
 
 def stored(name: str) -> Any:
+    from lmlab.models import quantize  # noqa: F401 - registers them
     from lmlab.registry import quants
 
     options = {"kind": name, "double_quant": True} if name in ("nf4", "fp4") else {"kind": name}
@@ -534,20 +535,6 @@ def make_plans(out: Path) -> None:
         out.write_text(json.dumps(found))
 
 
-def on_this_card(shape: str, storage: str, checkpointing: bool, row: Any) -> dict[str, Any]:
-    """The plan by fake tensors of this GPU, whose kernels have shapes of their own."""
-    try:
-        return planned(
-            shape,
-            storage,
-            checkpointing=checkpointing,
-            lengths=row.cu_seqlens.diff().tolist(),
-            supervised=len(row.supervised_index),
-        )
-    except Exception as problem:
-        return {"error": f"{type(problem).__name__}: {problem}"[:300]}
-
-
 def plans(plan_file: Path) -> list[dict[str, Any]]:
     """Planned against measured peak of a training step."""
     made = json.loads(plan_file.read_text()) if plan_file.exists() else []
@@ -555,7 +542,6 @@ def plans(plan_file: Path) -> list[dict[str, Any]]:
     for (shape, storage, checkpointing, tokens), plan_values in zip(PLANS, made, strict=False):
         free()
         largest = max(plan_rows(tokens), key=lambda row: row.num_tokens)
-        here = on_this_card(shape, storage, checkpointing, largest)
         model = own_model(shape, storage, checkpointing=checkpointing)
         free()
         measured = own_steps(model, [largest] * (WARMUP + 1))["peak_gb"]
@@ -566,12 +552,11 @@ def plans(plan_file: Path) -> list[dict[str, Any]]:
             "tokens": largest.num_tokens,
             "measured_gb": measured,
         }
-        for name, values in (("stand-ins", plan_values), ("this card", here)):
-            if "error" in values:
-                row[name] = values
-            else:
-                peak = max(values[phase] for phase in ("forward", "backward", "optimizer"))
-                row[name] = {"planned_gb": peak, "error": peak / measured - 1}
+        if "error" in plan_values:
+            row |= plan_values
+        else:
+            row["planned_gb"] = max(plan_values["forward"], plan_values["backward"], plan_values["optimizer"])
+            row["error"] = row["planned_gb"] / measured - 1
         found.append(row)
         del model
     return found

@@ -249,9 +249,9 @@ class _Simulation:
 
     def __init__(self, run: PlannedRun, hf_config: PretrainedConfig, footprint: Footprint) -> None:
         self.run, self.footprint = run, footprint
-        # Without CUDA its tensors cannot even be imagined; the CPU's stand in, of the same shapes and types.
-        gpu = run.device_type == "cuda" and torch.cuda.is_available()
-        self.device = torch.device("cuda" if gpu else "cpu")
+        # The CPU's tensors stand in for a GPU's, of the same shapes and types, also where there is one: the plan is the
+        # same wherever it is made, and was compared (docs/benchmarks.md).
+        self.device = torch.device("cpu")
         self.phase = "load"
         self.model = self._build(hf_config)
         self.layers = decoder_layers(base_model(self.model), _num_layers(hf_config))
@@ -279,8 +279,7 @@ class _Simulation:
         use_fused_layers(model, unchecked=True)
         self.standard_attention = str(model.config._attn_implementation)
         footprint.kind, footprint.mark = "adapter", ("load", "adapt")
-        with self.device:  # moved there later, some fake tensors keep the device they were made on
-            adapted = run.adapter.apply(model, seed=0)
+        adapted = run.adapter.apply(model, seed=0)
         if run.workload.flat:
             use_packed_attention(adapted)
         return adapted.to(self.device).train()
