@@ -40,6 +40,7 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
         "planning",
         "ranks",
         "reproduce",
+        "runs",
         "exporting",
         "certify",
     },

@@ -36,18 +36,23 @@ REQUEUE = 128 + signal.SIGUSR1
 """Exit code after SIGUSR1, which SLURM sends ahead of a time limit (``#SBATCH --signal=USR1@90``)."""
 
 
-def launch(run: RunDir, config: RunConfig) -> int:
-    """Train the run in its directory, on as many processes as its config says; the exit code."""
+def launch(run: RunDir, config: RunConfig, *, started: float = STARTED) -> int:
+    """Train the run in its directory, on as many processes as its config says; the exit code.
+
+    Args:
+        started: monotonic time from which the run's log counts, where it is not the process's beginning.
+    """
     with patient_streams():
-        return _launch(run, config)
+        return _launch(run, config, started)
 
 
-def _launch(run: RunDir, config: RunConfig) -> int:
+def _launch(run: RunDir, config: RunConfig, started: float) -> int:
     if ranks.is_rank():
         return run_rank(run, config)
     ranks.refuse_alone(run, config)
     run.out_of_memory.unlink(missing_ok=True)
-    code = run_rank(run, config) if world_size(config) == 1 else _launch_ranks(run, config)
+    alone = world_size(config) == 1
+    code = run_rank(run, config, started=started) if alone else _launch_ranks(run, config)
     if code == 1 and config.trainer.auto_batch and run.out_of_memory.exists():
         smaller = halved(config)
         if smaller is not None:
@@ -164,14 +169,14 @@ def _stopping(launch_config: Any) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in launch_config.__dataclass_fields__}
 
 
-def run_rank(run: RunDir, config: RunConfig) -> int:
+def run_rank(run: RunDir, config: RunConfig, *, started: float = STARTED) -> int:
     """Be one rank: build, train, write down how it ended; the exit code. Nothing is raised."""
     from lmlab.session import Session
 
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     for number in (signal.SIGTERM, signal.SIGUSR1):  # outside the steps, where `GracefulStop` has its own
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    session = Session(run, config, started=STARTED)
+    session = Session(run, config, started=started)
     code, reason, agreed = 1, "", False
     try:
         code = session.train()

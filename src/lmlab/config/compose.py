@@ -73,6 +73,24 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
         return error.code if isinstance(error.code, int) else 0
 
 
+def compose_config(overrides: Sequence[str] = ()) -> Any:
+    """The `RunConfig` of ``python train.py OVERRIDES``, for Python code that has no command line.
+
+    Raises:
+        UserError: an override that does not compose, or a value that is not allowed.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("train", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise hydra_error(error) from error
+    return to_run_config(composed)
+
+
 def _check_command_line(arguments: Sequence[str]) -> Any:
     """Hydra's flags, read as Hydra does.
 
