@@ -25,6 +25,7 @@ from lmlab.config.compose import freeze, load_env, load_frozen, report_error
 from lmlab.config.schema import RunConfig, world_size
 from lmlab.journal import RunDir, read_json, write_json
 from lmlab.records import OF_A_MULTIRUN, STOPPED_CODES, RunFailedError, UserError
+from lmlab.tracking.transcript import note
 
 STARTED = time.monotonic()
 
@@ -82,12 +83,13 @@ def _begin_again(run: RunDir, config: RunConfig) -> None:
     """From the last checkpoint, or step 0, in a process that has none of the memory of this one."""
     freeze(run, config)
     trainer = config.trainer
-    print(
+    said = (
         f"out of memory: beginning again with trainer.batch_size={trainer.batch_size} "
         f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, the same global batch, "
-        f"and trainer.val_batch_size={trainer.val_batch_size}",
-        flush=True,
+        f"and trainer.val_batch_size={trainer.val_batch_size}"
     )
+    print(said, flush=True)
+    note(run.path, said)
     sys.stderr.flush()
     os.execv(
         sys.executable, [sys.executable, "-m", "lmlab.worker", str(run.path)]
@@ -146,10 +148,9 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
             status = "interrupted" if code in STOPPED_CODES else "failed"
             write_json(run.summary, {**summary, "status": status, "exit_code": code})
         if code not in (2, *STOPPED_CODES):
-            print(
-                f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above",
-                file=sys.stderr,
-            )
+            said = f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above"
+            print(said, file=sys.stderr)
+            note(run.path, said)
     except SignalException as error:
         code = 128 + int(error.sigval)
     finally:

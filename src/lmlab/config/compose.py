@@ -71,6 +71,9 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
         return 130
     except SystemExit as error:  # --help and --version
         return error.code if isinstance(error.code, int) else 0
+    except BrokenPipeError:  # `--help | head`: whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def compose_config(overrides: Sequence[str] = ()) -> Any:
