@@ -91,8 +91,14 @@ class Transcript:
         self.each(lambda console: console.print(what, **how))
 
     def say(self, text: str, *, style: str = "", indent: int = 0) -> None:
-        """A line of prose or figures; on a terminal wrapped between words, further lines ``indent`` columns in."""
-        self.each(lambda console: print_words(console, text, style=style, indent=indent))
+        """A line of prose or figures; on a terminal wrapped between words, further lines ``indent`` columns in.
+
+        One with a command in backticks is left as it is, for copying.
+        """
+        if "`" in text:
+            self.verbatim(text)
+        else:
+            self.each(lambda console: print_words(console, text, style=style, indent=indent))
 
     def verbatim(self, text: str) -> None:
         """A line for copying, a command or a path: never wrapped."""
@@ -166,7 +172,8 @@ def note(folder: Path, text: str) -> None:
 
 
 def _spinner(text: str, console: Console, *, redirect_stderr: bool) -> Live:
-    return Live(Spinner("dots", text), console=console, transient=True, redirect_stderr=redirect_stderr)
+    drawn = Spinner("dots", text)
+    return Live(drawn, console=console, refresh_per_second=8, transient=True, redirect_stderr=redirect_stderr)
 
 
 def screen(*, plain: bool = False) -> Console:
