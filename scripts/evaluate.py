@@ -155,9 +155,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        from rich.console import Console
+        from lmlab.tracking.transcript import screen
 
-        show(Console(), rows)
+        show(screen(), rows)
         if options.out:
             print(f"written: {options.out}")
     return 0

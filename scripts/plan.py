@@ -38,26 +38,22 @@ def show(composed: Any, overrides: list[str], *, as_json: bool) -> int:
 
 
 def _print_table(planned: Any, made: Any, *, tokens: int, there: float | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.box import HEAVY_HEAD
 
     from lmlab.models.plan import KINDS
+    from lmlab.tracking.figure_table import print_figures
+    from lmlab.tracking.transcript import print_words, screen
 
     config, device_type = planned.config, planned.device_type
     kinds = [kind for kind in KINDS if any(parts[kind] for parts in made.phases.values())]
     title = f"{config.model.label}, {config.adapter.kind} over {config.quant.kind}, {tokens:,} tokens a micro-batch, {planned.precision} on {device_type}: GB by phase"
-    table = Table(title=title, title_justify="left")
-    table.add_column("phase")
-    for kind in kinds:
-        table.add_column(kind, justify="right", no_wrap=True)
-    table.add_column("total", justify="right", style="bold")
-    for phase, parts in made.phases.items():
-        cells = [f"{parts[kind] / 1e9:.3f}" for kind in kinds]
-        table.add_row(
-            phase, *cells, f"{made.peak_gb(phase):.3f}", style="bold" if phase == made.worst else None
-        )
-    console = Console(width=max(Console().width, 120))  # a wrapped number is worse than a wide table
-    console.print(table, highlight=False)
+    rows = [
+        [phase, *(f"{parts[kind] / 1e9:.3f}" for kind in kinds), f"{made.peak_gb(phase):.3f}"]
+        for phase, parts in made.phases.items()
+    ]
+    console = screen()
+    worst = list(made.phases).index(made.worst)
+    print_figures(console, title, ["phase", *kinds, "total"], rows, box=HEAVY_HEAD, bold=worst)
     besides = "Python and libraries, some 0.5 GB" if device_type == "cpu" else "the CUDA context, some 0.5 GB"
     kind = "memory" if device_type == "cpu" else "GPU memory"
     here = (
@@ -65,11 +61,7 @@ def _print_table(planned: Any, made: Any, *, tokens: int, there: float | None) -
         if there is None
         else f"{there:.2f} GB {kind} on this machine"
     )
-    console.print(
-        f"peak {made.total_gb:.3f} GB in {made.worst}, besides {besides}; {here}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print_words(console, f"peak {made.total_gb:.3f} GB in {made.worst}, besides {besides}; {here}")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,25 @@ import io
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
 from lmlab import announce
+from lmlab.config.compose import compose_config
+from lmlab.data.prepared import PreparedData
 from lmlab.journal import RunDir, write_json
 from lmlab.records import OF_A_MULTIRUN, Sample
 from lmlab.tracking.transcript import Transcript
 
+FIGURES = {
+    "model/params_total": 3_553_728,
+    "model/params_trainable": 331_776,
+    "model/base_bits_per_param": 4.28,
+}
+NO_KEY = "no key found, so this run is recorded offline (set WANDB_API_KEY in .env to go online)"
 ARGV = ["train.py", "data=skills", "optim.lr=1e-3", "run_name=old", "resume=null", "samples.prompts=[a b]"]
 
 
@@ -29,6 +39,71 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     made.report.touch()
     write_json(made.info, {"argv": ARGV})
     return made
+
+
+def started(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, *overrides: str, width: int, **told: Any
+) -> list[str]:
+    """What is printed at the start of a run with such a config."""
+    config = compose_config(["data=skills", *overrides])
+    side = {"records": 5704, "tokens": 200_000, "supervised_tokens": 22_000, "supervised_bytes": 60_000}
+    report = {"train": side, "val": {**side, "records": 296}, "rows": {"train": 5704}, "tokens": 215_834,
+              "supervised_tokens": 22_821, "records_read": 6000, "records_kept": 6000, "records_dropped": {},
+              "records_truncated": 0}  # fmt: skip
+    prepared = SimpleNamespace(
+        meta={"report": report, "format": "triples", "stream": False}, packed=False, examples=[]
+    )
+    optim = SimpleNamespace(name="adamw", lr=1e-3, schedule="cosine")
+    built = SimpleNamespace(
+        optim=optim, policy=[("device", "cpu, 2 threads"), ("precision", "fp32 products")]
+    )
+    transcript, stream = Transcript(None), io.StringIO()
+    transcript.screen = Console(file=stream, width=width, force_terminal=True, color_system=None)
+    given: dict[str, Any] = {"planned_gb": {"load": 0.3, "backward": 0.82}, "mirror": "offline", **told}
+    announce.start(transcript, run, config, cast(PreparedData, prepared), built, 200, FIGURES, **given)
+    return stream.getvalue().splitlines()
+
+
+def test_the_table_at_the_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = started(
+        run, monkeypatch, "adapter=qlora", "trainer.accumulate_grad_batches=2", "optim.warmup_steps=300",
+        width=200, remarks=[f"W&B: {NO_KEY}", "added tokens: <x>"],
+    )  # fmt: skip
+    for line in (
+        "task        sft, seed 1",
+        "model       tiny: 3,553,728 parameters, 331,776 trained (9.34%)",
+        "adapter     qlora, rank 16, over nf4 (4.28 bits per parameter)",
+        "data        skills as triples: 5,704 + 296 validation records, 215,834 tokens, 11% trained",
+        "steps       200 of 16 examples (8 at once, 2 times), validation every 50",
+        "device      cpu, 2 threads",
+        "plan        0.82 GB at most, in backward (trainer.memory_plan)",
+        f"logger      W&B: {NO_KEY}",
+        "output      out/sft/my run",
+        "added tokens: <x>",
+        "note: optim.warmup_steps=300 is not over in 200 steps: the peak learning rate is never reached",
+        "records     6,000 read, 6,000 kept, 0 dropped, 0 truncated",
+    ):
+        assert said.count(line) == 1, (line, said)
+
+
+def test_the_table_of_a_run_without_adapter_plan_or_mirror(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["adapter=none", "logger=none"]
+    said = started(run, monkeypatch, *told, width=200, planned_gb={}, mirror="disabled")
+    assert "adapter     none: every weight is trained (4.28 bits per parameter)" in said
+    assert "logger      none" in said
+    assert not any(line.startswith("plan ") for line in said)
+    assert "logger      wandb, online, project lmlab" in started(run, monkeypatch, width=200, mirror="online")
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_the_table_in_a_narrow_terminal(run: RunDir, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    said = started(run, monkeypatch, width=width, remarks=[f"W&B: {NO_KEY}"])
+    words = " ".join(said).split()
+    for figure in ("3,553,728", "331,776", "(9.34%)", "215,834", "WANDB_API_KEY"):
+        assert figure in words
+    assert max(map(len, said)) <= width
 
 
 def ended(run: RunDir, monkeypatch: pytest.MonkeyPatch, status: str, **summary: object) -> list[str]:

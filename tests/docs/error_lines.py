@@ -30,7 +30,7 @@ DEPTH = 4
 """How many names deep a text is looked for."""
 
 SECTIONS = (  # title, what begins with: paths below src/lmlab, and scripts
-    ("Command line and config", ("config/", "start.py", "records.py", "registry.py")),
+    ("Command line and config", ("config/", "start.py", "records.py", "registry.py", "runs.py")),
     ("Data", ("data/", "scripts/tokenize_corpus")),
     ("Tokenizer", ("tokenizers/", "scripts/train_tokenizer")),
     ("Model, hub and adapters", ("models/", "load.py", "assemble.py")),
