@@ -41,6 +41,7 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
         "ranks",
         "reproduce",
         "runs",
+        "tokenizer_lab",
         "exporting",
         "certify",
     },

@@ -32,10 +32,18 @@ NO_EFFECT_ON_RESULT = (
 )
 
 
-def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "train") -> int:
+def run_app(
+    function: Callable[[Any, list[str]], int],
+    *,
+    config_name: str = "train",
+    without: Callable[[Any], Any] = lambda composed: composed,
+) -> int:
     """Run ``function(composed config, overrides)`` under Hydra; the exit code.
 
     Hydra handles its own flags (--help, --cfg, --multirun, --config-dir, tab completion).
+
+    Args:
+        without: the composed config without the keys of ``config_name`` that are no run's.
     """
     import hydra
     from hydra.errors import HydraException
@@ -61,7 +69,7 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
         except (HydraException, OmegaConfBaseException) as error:
             if flags.multirun:
                 raise hydra_error(error) from error
-            raise _all_wrong(error, flags, config_name) from error
+            raise _all_wrong(error, flags, config_name, without) from error
         # The work itself is done outside Hydra, which would wrap its errors in reports of its own.
         return function(*composed[0]) if composed else 0
     except UserError as error:
@@ -161,7 +169,9 @@ def _hydra_has(key: str) -> bool:
     return True
 
 
-def _all_wrong(error: BaseException, flags: Any, config_name: str) -> UserError:
+def _all_wrong(
+    error: BaseException, flags: Any, config_name: str, without: Callable[[Any], Any]
+) -> UserError:
     """What Hydra refused, together with everything else that is wrong on that command line.
 
     Hydra stops at its first error. So each refused override is forced in (an unknown key, which pydantic then
@@ -192,7 +202,7 @@ def _all_wrong(error: BaseException, flags: Any, config_name: str) -> UserError:
         except (HydraException, OmegaConfBaseException) as next_error:
             error = next_error
             continue
-        _, more = validate(composed)
+        _, more = validate(without(composed))
         return combined([*problems, *more] or [_unknown_word(composed, _key_of(forced[0]))])
 
 

@@ -1,0 +1,191 @@
+"""The comparison of tokenizers as files and on the terminal: report.html, results.csv, results.json.
+
+All of it is made from one plain object (what results.json holds), so the page can be written again from that file.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from lmlab.journal import write_json
+from lmlab.tracking.report import templates, write_page
+from lmlab.tracking.values import scaled
+
+ALL = "all"
+"""The group of results.csv that stands for all texts together."""
+COUNTS = ("texts", "size_bytes", "characters", "words", "tokens", "split_words", "exact")
+RATES = ("bytes_per_token", "tokens_per_word", "split_share")
+COLUMNS = ("tokenizer", "status", "vocab_size", "used", "group", *COUNTS, *RATES, "hidden_size")
+COSTS = ("parameters", "share", "bf16_mb", "training_mb")
+SCRIPT = Path(__file__).parent / "sort.js"
+NONE = "–"
+LONGEST_WORD = 15
+"""Characters a word has on average, at most, where words are words: without spaces between them they are phrases."""
+
+
+def write_tokenizers(results: Mapping[str, Any], folder: Path) -> Path:
+    """Write the page and the figures into ``folder``; the page's path.
+
+    Args:
+        results: name, model, groups (name -> texts, characters), notes, and tokenizers: each with label, status, path,
+            command, and, unless refused, vocab_size, used, total and groups (counts and rates), embedding, excerpts.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", dict(results))
+    with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(
+            file, [*COLUMNS, *(f"{kind}_{c}" for kind in ("tied", "untied") for c in COSTS), "path"]
+        )
+        writer.writeheader()
+        writer.writerows(rows_of(results))
+    return write_page(folder / "report.html", render(results))
+
+
+def rows_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per tokenizer and group, `ALL` first; one row for a tokenizer that was refused."""
+    rows = []
+    for each in results["tokenizers"]:
+        about = {"tokenizer": each["label"], "status": each["status"], "path": each["path"]}
+        if "total" not in each:
+            rows.append(about)
+            continue
+        about |= {"vocab_size": each["vocab_size"], "used": each["used"]}
+        if (cost := each["embedding"]) is not None:
+            about["hidden_size"] = cost["hidden_size"]
+            about |= {f"{kind}_{c}": cost[kind][c] for kind in ("tied", "untied") for c in COSTS}
+        for group, found in {ALL: each["total"], **each["groups"]}.items():
+            rows.append({**about, "group": group, **{key: found[key] for key in (*COUNTS, *RATES)}})
+    return rows
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The page as one string, with nothing outside of it."""
+    made = [each for each in results["tokenizers"] if "total" in each]
+    script = SCRIPT.read_text(encoding="utf-8").strip()
+    groups = list(results["groups"])
+    return templates().get_template("tokenizers.html.jinja").render(
+        title=results["name"],
+        results=results,
+        made=made,
+        refused=[each for each in results["tokenizers"] if "total" not in each],
+        groups=groups,
+        best={key: _best(made, groups, key, highest=key == "bytes_per_token") for key in RATES},
+        spaceless=spaceless(results),
+        lossy=[(each["label"], group, found) for each in made for group, found in each["groups"].items()
+               if found["exact"] < found["texts"]],
+        sweep=sweep_command(made),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        rate=rate, percent=percent, scaled=scaled,
+    )  # fmt: skip
+
+
+def spaceless(results: Mapping[str, Any]) -> list[str]:
+    """Groups whose words are so long that they must be phrases: scripts that put no spaces between words."""
+    first = next(each for each in results["tokenizers"] if "total" in each)
+    return [
+        group
+        for group, found in first["groups"].items()
+        if found["words"] and found["characters"] / found["words"] > LONGEST_WORD
+    ]
+
+
+def sweep_command(made: Sequence[Mapping[str, Any]]) -> str:
+    """One command that pretrains with each of the trained tokenizers."""
+    trained = [each for each in made if each["status"] == "trained"]
+    if len(trained) < 2:
+        return ""
+    command, _, _ = trained[0]["command"].rpartition("tokenizer.path=")
+    paths = ",".join(f"'{each['path']}'" if _needs_quotes(each["path"]) else each["path"] for each in trained)
+    value = f'"tokenizer.path={paths}"' if "'" in paths else f"tokenizer.path={paths}"
+    return command.replace("train.py ", "train.py -m ", 1) + value
+
+
+def _needs_quotes(path: str) -> bool:
+    """Whether Hydra's grammar would read more into it: ``=`` and such."""
+    return not all(character.isalnum() or character in "/._-" for character in path)
+
+
+def _best(
+    made: Sequence[Mapping[str, Any]], groups: Sequence[str], key: str, *, highest: bool
+) -> dict[str, float | None]:
+    """The best value of each group's row, and under `ALL` of all texts."""
+    rows = {ALL: [each["total"][key] for each in made]}
+    rows |= {group: [each["groups"][group][key] for each in made] for group in groups}
+    chosen: dict[str, float | None] = {}
+    for group, values in rows.items():
+        known = [value for value in values if value is not None]
+        chosen[group] = (max if highest else min)(known) if known and len(made) > 1 else None
+    return chosen
+
+
+def rate(value: float | None) -> str:
+    """Two digits behind the point, which is what differences between tokenizers are made of."""
+    return NONE if value is None else f"{value:.2f}"
+
+
+def percent(value: float | None) -> str:
+    """A share; never rounded up to 100 %."""
+    if value is None:
+        return NONE
+    return f"{value:.1%}" if value in (0.0, 1.0) or value < 0.9995 else "99.9%"
+
+
+def print_tokenizers(results: Mapping[str, Any]) -> None:
+    """The table of all texts, that by group, and what to type next."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    made = [each for each in results["tokenizers"] if "total" in each]
+    table = Table(title="All texts", title_justify="left")
+    table.add_column("tokenizer", overflow="fold")
+    for name in ("tokens", "bytes/token", "tokens/word", "words split", "round trip", "used", "embedding"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in results["tokenizers"]:
+        if "total" not in each:
+            table.add_row(Text(each["label"]), Text(each["status"], style="yellow"))
+            continue
+        total, cost = each["total"], each["embedding"]
+        kind = "tied" if cost is None or cost["model_is_tied"] else "untied"
+        table.add_row(
+            Text(each["label"]), f"{each['vocab_size']:,}", rate(total["bytes_per_token"]), rate(total["tokens_per_word"]),
+            percent(total["split_share"]), f"{total['exact']:,}/{total['texts']:,}",
+            percent(each["used"] / each["vocab_size"]), NONE if cost is None else scaled(cost[kind]["parameters"]),
+        )  # fmt: skip
+    console.print(table)
+    groups = list(results["groups"])
+    if len(groups) > 1:
+        console.print(_by_group(made, groups))
+    for note in results["notes"]:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
+    print("pretrain with one of them (val/bits_per_byte can be compared between them, val/loss cannot):")
+    for each in made:
+        print(f"  {each['command']}")
+
+
+def _by_group(made: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> Any:
+    """Bytes per token, a row per group."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="Bytes per token", title_justify="left")
+    table.add_column("texts", overflow="fold")
+    for each in made:
+        table.add_column(Text(each["label"]), justify="right", overflow="fold")
+    for group in groups:
+        table.add_row(Text(group), *(rate(each["groups"][group]["bytes_per_token"]) for each in made))
+    return table
