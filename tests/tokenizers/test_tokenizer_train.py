@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -271,6 +272,15 @@ def test_what_each_pre_tokenizer_keeps_together() -> None:
     assert words_of("none", text) == [text]
     assert words_of("whitespace", text)[:6] == ["I'LL", " pay", " 12345", " (or", " ", " less)."]
     assert words_of("lines", text) == ["I'LL pay 12345 (or  less).\n", "\n", "Yes"]
+
+
+def test_the_table_of_pre_tokenizers_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tokenizers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`.*?\|.*\| (`DON.*`) \|$", page, flags=re.MULTILINE)
+    told = {name: re.findall("`(.+?)`", cut) for name, cut in rows}
+    assert list(told) == [name for name in PRE_TOKENIZERS if name not in ("lines", "none")]
+    for name, words in told.items():
+        assert words == [word.replace(" ", "␣") for word in words_of(name, "DON'T pay  12345.")], name
 
 
 def test_tokens_of_several_words_are_learned_only_by_lines_and_none() -> None:

@@ -41,6 +41,7 @@ class Entry:
     """One tokenizer of the page.
 
     Attributes:
+        family: the label without the size of the vocabulary: those that differ in nothing else.
         given: the path it was loaded from; None for one that is trained here.
         status: ``trained``, ``loaded`` or ``refused: reason``.
         command: pretrains with it; "" where there is none.
@@ -49,6 +50,7 @@ class Entry:
 
     label: str
     overrides: list[str]
+    family: str = ""
     given: str | None = None
     config: RunConfig | None = None
     folder: Path | None = None
@@ -154,16 +156,18 @@ def _name(keys: Sequence[str]) -> str:
 
 def _checked(job: list[str], composed: Any, keys: Sequence[str]) -> Entry:
     """The entry of a combination, its config validated."""
-    label = " ".join(
-        text.partition("=")[2] if key in SAID_ALONE else f"{key.rsplit('.', 1)[-1]}={text.partition('=')[2]}"
-        for text in job
-        if (key := text.lstrip("+~").partition("=")[0]) in keys
-    )
+    parts = {}
+    for text in job:
+        key, _, value = text.lstrip("+~").partition("=")
+        if key in keys:
+            parts[key] = value if key in SAID_ALONE else f"{key.rsplit('.', 1)[-1]}={value}"
+    label = " ".join(parts.values()) or "tokenizer"
+    family = " ".join(part for key, part in parts.items() if key != "tokenizer.vocab_size") or "trained"
     try:
         config = to_run_config(without_lab(composed))
     except UserError as error:
-        return Entry(label or "tokenizer", job, status=f"refused: {error}")
-    return Entry(label or f"{config.tokenizer.kind}", job, config=config)
+        return Entry(label, job, family, status=f"refused: {error}")
+    return Entry(label, job, family, config=config)
 
 
 def _loaded(path: str, config: RunConfig, overrides: list[str]) -> Entry:
@@ -183,7 +187,7 @@ def _loaded(path: str, config: RunConfig, overrides: list[str]) -> Entry:
             where=f"lab.against={path}",
             fix="use one with a tokenizer.json",
         )
-    entry = Entry(name or path, [], given=str(place) if local else path, config=config)
+    entry = Entry(name or path, [], name or path, given=str(place) if local else path, config=config)
     entry.tokenizer, entry.status = tokenizer, "loaded"
     entry.command = train_command(overrides, str(entry.given))
     return entry
@@ -240,6 +244,7 @@ def _results(
         row["overrides"] = entry.overrides
         if entry.tokenizer is not None and entry.config is not None:
             own = known.setdefault(tokenizer_hash(entry.tokenizer, with_chat=False), entry.label)
+            row["family"] = entry.family or entry.label
             row["same_as"] = None if own == entry.label else own
             measured = {name: measure(entry.tokenizer, texts) for name, texts in groups.items()}
             total = sum(measured.values(), Measurement())

@@ -9,14 +9,19 @@ import base64
 import csv
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
 from lmlab.journal import write_json
-from lmlab.tracking.report import templates, write_page
+from lmlab.tracking import plots
+from lmlab.tracking.report import draw_all, templates, write_page
 from lmlab.tracking.values import scaled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ALL = "all"
 """The group of results.csv that stands for all texts together."""
@@ -28,6 +33,68 @@ SCRIPT = Path(__file__).parent / "sort.js"
 NONE = "–"
 LONGEST_WORD = 15
 """Characters a word has on average, at most, where words are words: without spaces between them they are phrases."""
+
+
+@dataclass(frozen=True)
+class SizePanel:
+    """A rate against the size of the vocabulary: a line for each family of tokenizers that differ in nothing else.
+
+    Attributes:
+        lines: family -> (vocabulary, rate), by size.
+    """
+
+    key: str
+    title: str
+    lines: dict[str, list[tuple[int, float]]]
+    note: str = ""
+
+    @property
+    def description(self) -> str:
+        """The plot in words, for those who do not see it."""
+        told = (
+            f"{family}: " + ", ".join(f"{value:.2f} at {size:,}" for size, value in points)
+            for family, points in self.lines.items()
+        )
+        return f"{self.title} by size of the vocabulary. {'; '.join(told)}"
+
+
+def size_panels(made: Sequence[Mapping[str, Any]]) -> list[SizePanel]:
+    """Compression and fertility against the vocabulary; none where all vocabularies are of one size."""
+    if len({each["vocab_size"] for each in made}) < 2:
+        return []
+    panels = []
+    for key, title in (("bytes_per_token", "bytes per token"), ("tokens_per_word", "tokens per word")):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for each in made:
+            if each["total"][key] is not None:
+                lines.setdefault(each["family"], []).append((each["vocab_size"], each["total"][key]))
+        panels.append(SizePanel(key, title, {family: sorted(points) for family, points in lines.items()}))
+    return panels
+
+
+def _draw(panel: SizePanel) -> str:
+    return plots.draw_svg(panel.key, lambda axes: _draw_sizes(axes, panel), height=2.9)
+
+
+def _draw_sizes(axes: Axes, panel: SizePanel) -> None:
+    from matplotlib.ticker import NullLocator
+
+    sizes = sorted({size for points in panel.lines.values() for size, _ in points})
+    for place, (family, points) in enumerate(panel.lines.items()):
+        look = (
+            {"color": plots.LINES[place]}
+            if place < len(plots.LINES)
+            else {"color": plots.MUTED, "alpha": 0.5}
+        )
+        mark = "osD^vP*X"[place % 8]
+        axes.plot(*zip(*points, strict=True), linewidth=1.5, marker=mark, markersize=5, label=family, **look)
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    kept = [
+        size for i, size in enumerate(sizes) if i == 0 or size > 1.6 * sizes[i - 1]
+    ]  # labels side by side
+    axes.set_xticks(kept, [f"{size:,}" for size in kept])
+    axes.set_xlabel("vocabulary, log scale", color=plots.MUTED)
 
 
 def write_tokenizers(results: Mapping[str, Any], folder: Path) -> Path:
@@ -73,10 +140,13 @@ def render(results: Mapping[str, Any]) -> str:
     made = [each for each in results["tokenizers"] if "total" in each]
     script = SCRIPT.read_text(encoding="utf-8").strip()
     groups = list(results["groups"])
+    drawn, undrawn = draw_all(size_panels(made), _draw)
     return templates().get_template("tokenizers.html.jinja").render(
         title=results["name"],
         results=results,
         made=made,
+        drawn=drawn,
+        undrawn=undrawn,
         refused=[each for each in results["tokenizers"] if "total" not in each],
         groups=groups,
         best={key: _best(made, groups, key, highest=key == "bytes_per_token") for key in RATES},
