@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lmlab.config.compose import run_app
+from lmlab.tokenizer_lab.compare import train_command
 from lmlab.tokenizer_lab.options import without_lab
 from lmlab.tokenizers import load_tokenizer
 from lmlab.tracking import tokenizer_page
@@ -157,7 +158,7 @@ def test_the_page_needs_nothing_from_outside_and_shows_every_tokenizer(
     results: dict[str, Any], made: Path
 ) -> None:
     page = (made / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"(?:src|href)=\"(?!#)|@import|url\(", page)
+    assert not re.search(r"(?:src|href)=\"(?!#)|@import|url\((?!#)", page)
     assert "prefers-color-scheme: dark" in page
     assert "width=device-width" in page
     for row in results["tokenizers"][2:]:
@@ -190,11 +191,26 @@ def test_each_command_names_its_tokenizer_and_the_data(results: dict[str, Any], 
     assert value == "tokenizer.path=" + ",".join(row["path"] for row in trained)
 
 
+def test_a_path_that_hydra_would_read_otherwise_is_quoted() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for path in ("out/a b/1-x=y,z", "out/it's", "out/plain-1.5"):
+        words = shlex.split(train_command(["tokenizer=bpe", "seed=3", "lab.texts=[a]"], path))
+        assert words[:5] == ["python", "train.py", "task=pretrain", "seed=3", "tokenizer=file"]
+        assert OverridesParser.create().parse_override(words[5]).value() == path
+    rows = [{"status": "trained", "command": train_command([], path)} for path in ("out/a b", "out/c")]
+    swept = shlex.split(tokenizer_page.sweep_command(rows))
+    assert swept[:3] == ["python", "train.py", "-m"]
+    override = OverridesParser.create().parse_override(swept[-1])
+    assert list(override.sweep_string_iterator()) == ["'out/a b'", "out/c"]
+
+
 def test_without_texts_the_validation_side_is_measured(lab: Lab, folder: Path) -> None:
     code, out, _ = lab("tokenizer.vocab_size=270,280", "run_name=val")
     assert code == 0
     results = json.loads((folder / "out/tokenizers/val/results.json").read_text(encoding="utf-8"))
-    (size,) = results["groups"].values()
+    ((name, size),) = results["groups"].items()
+    assert name == "train (validation)"
     assert 0 < size["characters"] < 0.1 * len(TRAIN)  # data.val_fraction is 0.05
     assert "measured on the validation side" in out
     assert "val/bits_per_byte" in out
@@ -252,7 +268,7 @@ def test_characters_that_are_lost_are_shown(lab: Lab, folder: Path) -> None:
             "words",
         ),
         (
-            ("tokenizer=file", "tokenizer.path=french.txt", "~tokenizer.min_frequency"),
+            ("tokenizer=file", "tokenizer.path=french.txt"),
             "tokenizer",
             "is not trained",
         ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 NOT_FOR_TRAINING = ("tokenizer", LAB, "run_name", "overwrite", "resume")
 """Overrides that the command of a pretraining run leaves out."""
+PLAIN = re.compile(r"[\w./:-]+")
+"""Values that Hydra's grammar takes as they are."""
 SAID_ALONE = ("tokenizer.vocab_size", "tokenizer.pre_tokenizer", "tokenizer")
 """Swept keys whose values tell a reader enough."""
 
@@ -44,6 +47,7 @@ class Entry:
         family: the label without the size of the vocabulary: those that differ in nothing else.
         given: the path it was loaded from; None for one that is trained here.
         status: ``trained``, ``loaded`` or ``refused: reason``.
+        error: why it was refused.
         command: pretrains with it; "" where there is none.
         config: the run config it was trained for; None if that is refused.
     """
@@ -56,6 +60,7 @@ class Entry:
     folder: Path | None = None
     tokenizer: Any = None
     status: str = ""
+    error: UserError | None = None
     command: str = ""
     seconds: float = 0.0
 
@@ -100,6 +105,8 @@ def train_command(overrides: Sequence[str], path: str) -> str:
     kept = [o for o in overrides if o.lstrip("+~").partition("=")[0].split(".")[0] not in NOT_FOR_TRAINING]
     if not any(override.startswith("task=") for override in kept):
         kept.insert(0, "task=pretrain")
+    if not PLAIN.fullmatch(path):  # quotes for Hydra's grammar, besides those for the shell
+        path = "'" + path.replace("'", "\\'") + "'"
     return shlex.join(["python", "train.py", *kept, "tokenizer=file", f"tokenizer.path={path}"])
 
 
@@ -128,8 +135,8 @@ def compare(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int
     folder = free_folder(composed[0].output_root, str(name), overwrite=bool(composed[0].overwrite))
     entries = [_checked(job, each, points.keys) for job, each in zip(points.jobs, composed, strict=True)]
     fit = [entry.config for entry in entries if entry.config is not None]
-    if not fit:
-        raise UserError(entries[0].status, where="tokenizer", fix="change what is swept")
+    if not fit and entries[0].error is not None:
+        raise entries[0].error
     beside = [_loaded(path, fit[0], points.jobs[0]) for path in lab.against]
 
     def run_config(overrides: Sequence[str]) -> RunConfig:
@@ -138,10 +145,10 @@ def compare(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int
     groups, notes = held_out_groups(lab, fit, run_config)
     shutil.rmtree(folder, ignore_errors=True)
     for number, entry in enumerate(entries, start=1):
-        _train(entry, folder / f"{number}-{slug(entry.label, max_length=60)}")
+        _train(entry, folder / f"{number}-{slug(entry.label.replace('=', '-'), max_length=60)}")
         print(f"[{number}/{len(entries)}] {entry.label}: {_became(entry)}", flush=True)
-    if not any(entry.tokenizer is not None for entry in entries):
-        raise UserError(entries[0].status, where="tokenizer", fix="change what is swept")
+    if all(entry.tokenizer is None for entry in entries) and entries[0].error is not None:
+        raise entries[0].error
     all_entries = _with_unique_labels([*entries, *beside])
     results = _results(all_entries, groups, lab, fit[0], notes)
     results["name"] = folder.name
@@ -166,7 +173,7 @@ def _checked(job: list[str], composed: Any, keys: Sequence[str]) -> Entry:
     try:
         config = to_run_config(without_lab(composed))
     except UserError as error:
-        return Entry(label, job, family, status=f"refused: {error}")
+        return Entry(label, job, family, status=f"refused: {error}", error=error)
     return Entry(label, job, family, config=config)
 
 
@@ -200,7 +207,7 @@ def _train(entry: Entry, folder: Path) -> None:
     try:
         entry.tokenizer = make_tokenizer(entry.config, folder)
     except UserError as error:
-        entry.status = f"refused: {error}"
+        entry.status, entry.error = f"refused: {error}", error
         return
     entry.status, entry.folder, entry.seconds = "trained", folder, time.perf_counter() - began
     entry.command = train_command(entry.overrides, os.path.relpath(folder))

@@ -128,7 +128,7 @@ def _validation_texts(configs: Sequence[RunConfig]) -> Iterator[tuple[str, str]]
         parts = [(n, p) for n, _, p in data.parts()] if isinstance(data, MixData) else [(_short(data), data)]
         for name, part in parts:
             for text in side_texts(part, task=config.task, side="val"):
-                yield name, text
+                yield f"{name} (validation)", text
 
 
 def _short(data: DataConfig) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import csv
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,15 +176,10 @@ def sweep_command(made: Sequence[Mapping[str, Any]]) -> str:
     trained = [each for each in made if each["status"] == "trained"]
     if len(trained) < 2:
         return ""
-    command, _, _ = trained[0]["command"].rpartition("tokenizer.path=")
-    paths = ",".join(f"'{each['path']}'" if _needs_quotes(each["path"]) else each["path"] for each in trained)
-    value = f'"tokenizer.path={paths}"' if "'" in paths else f"tokenizer.path={paths}"
-    return command.replace("train.py ", "train.py -m ", 1) + value
-
-
-def _needs_quotes(path: str) -> bool:
-    """Whether Hydra's grammar would read more into it: ``=`` and such."""
-    return not all(character.isalnum() or character in "/._-" for character in path)
+    commands = [shlex.split(each["command"]) for each in trained]
+    key = "tokenizer.path="
+    paths = ",".join(words[-1].removeprefix(key) for words in commands)
+    return shlex.join([*commands[0][:2], "-m", *commands[0][2:-1], key + paths])
 
 
 def _best(
