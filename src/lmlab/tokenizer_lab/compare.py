@@ -194,7 +194,7 @@ def _loaded(path: str, config: RunConfig, overrides: list[str]) -> Entry:
             where=f"lab.against={path}",
             fix="use one with a tokenizer.json",
         )
-    entry = Entry(name or path, [], name or path, given=str(place) if local else path, config=config)
+    entry = Entry(name or path, [], f"{name or path} (loaded)", given=str(place) if local else path, config=config)
     entry.tokenizer, entry.status = tokenizer, "loaded"
     entry.command = train_command(overrides, str(entry.given))
     return entry
