@@ -61,6 +61,7 @@ def lab(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     """``lab(*arguments, multirun=True)`` -> (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
     monkeypatch.chdir(folder)
 
     def call(*arguments: str, multirun: bool = True) -> tuple[int, str, str]:
@@ -78,6 +79,7 @@ def made(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", sys.argv)
         patch.setenv("HYDRA_FULL_ERROR", "0")
+        patch.setenv("GOMP_SPINCOUNT", "1")
         patch.chdir(folder)
         code = run(
             folder,
