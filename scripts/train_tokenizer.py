@@ -26,7 +26,7 @@ def train(composed: Any, overrides: list[str]) -> int:
 
     if told := [override for override in overrides if override.lstrip("+~").startswith(f"{LAB}.")]:
         raise UserError(
-            "measures several tokenizers", where=told[0], fix="add -m; without it one is trained and no more"
+            "a key of the comparison of several tokenizers", where=told[0], fix="add -m, or leave it out"
         )
     config = to_run_config(without_lab(composed))
     name = config.run_name or run_name(overrides)
@@ -48,4 +48,4 @@ def train(composed: Any, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_app(train, config_name="train_tokenizer", without=without_lab))
+    sys.exit(run_app(train, config_name="train_tokenizer", own=LAB))

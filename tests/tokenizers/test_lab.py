@@ -16,7 +16,7 @@ import pytest
 
 from lmlab.config.compose import run_app
 from lmlab.tokenizer_lab.compare import train_command
-from lmlab.tokenizer_lab.options import without_lab
+from lmlab.tokenizer_lab.options import LAB
 from lmlab.tokenizers import load_tokenizer
 from lmlab.tracking import tokenizer_page
 
@@ -53,7 +53,7 @@ def run(folder: Path, *arguments: str, multirun: bool = True) -> int:
         "tokenizer.min_frequency=2",
     ]
     sys.argv = ["train_tokenizer.py", *(["-m"] if multirun else []), *told, *arguments]
-    return run_app(train, config_name="train_tokenizer", without=without_lab)
+    return run_app(train, config_name="train_tokenizer", own=LAB)
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def test_without_m_one_is_trained_and_keys_of_the_page_are_refused(lab: Lab, fol
     assert not (folder / "out/tokenizers/one/report.html").exists()
     code, _, err = lab("lab.excerpt_chars=3", "run_name=other", multirun=False)
     assert code == 2
-    assert "add -m" in err
+    assert "comparison of several tokenizers (lab.excerpt_chars=3): add -m" in err
     code, _, err = lab("lab.excerpt=3", "run_name=other", multirun=False)
     assert code == 2
     assert "lab.excerpt" in err

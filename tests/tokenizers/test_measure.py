@@ -155,3 +155,11 @@ def test_the_cost_of_an_embedding_by_hand() -> None:
 def test_text_that_is_no_unicode_is_refused() -> None:
     with pytest.raises(UserError, match="not valid Unicode"):
         measure(byte_level(), ["\ud800"])
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match="Slow is a slow tokenizer"):
+        measure(Slow(), ["a"])  # pyright: ignore[reportArgumentType]

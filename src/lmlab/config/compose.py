@@ -32,18 +32,10 @@ NO_EFFECT_ON_RESULT = (
 )
 
 
-def run_app(
-    function: Callable[[Any, list[str]], int],
-    *,
-    config_name: str = "train",
-    without: Callable[[Any], Any] = lambda composed: composed,
-) -> int:
-    """Run ``function(composed config, overrides)`` under Hydra; the exit code.
+def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "train", own: str = "") -> int:
+    """Run ``function(composed config, overrides)`` under Hydra; the exit code. ``own``: a key of the file that is no run's.
 
     Hydra handles its own flags (--help, --cfg, --multirun, --config-dir, tab completion).
-
-    Args:
-        without: the composed config without the keys of ``config_name`` that are no run's.
     """
     import hydra
     from hydra.errors import HydraException
@@ -69,7 +61,7 @@ def run_app(
         except (HydraException, OmegaConfBaseException) as error:
             if flags.multirun:
                 raise hydra_error(error) from error
-            raise _all_wrong(error, flags, config_name, without) from error
+            raise _all_wrong(error, flags, config_name, own) from error
         # The work itself is done outside Hydra, which would wrap its errors in reports of its own.
         return function(*composed[0]) if composed else 0
     except UserError as error:
@@ -169,9 +161,7 @@ def _hydra_has(key: str) -> bool:
     return True
 
 
-def _all_wrong(
-    error: BaseException, flags: Any, config_name: str, without: Callable[[Any], Any]
-) -> UserError:
+def _all_wrong(error: BaseException, flags: Any, config_name: str, own: str) -> UserError:
     """What Hydra refused, together with everything else that is wrong on that command line.
 
     Hydra stops at its first error. So each refused override is forced in (an unknown key, which pydantic then
@@ -180,6 +170,7 @@ def _all_wrong(
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     folder = str(Path(flags.config_dir).absolute()).replace("'", "\\'") if flags.config_dir else None
@@ -202,7 +193,7 @@ def _all_wrong(
         except (HydraException, OmegaConfBaseException) as next_error:
             error = next_error
             continue
-        _, more = validate(without(composed))
+        _, more = validate(OmegaConf.masked_copy(composed, [key for key in composed if key != own]))
         return combined([*problems, *more] or [_unknown_word(composed, _key_of(forced[0]))])
 
 

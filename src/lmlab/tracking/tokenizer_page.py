@@ -18,7 +18,9 @@ from markupsafe import Markup
 
 from lmlab.journal import write_json
 from lmlab.tracking import plots
+from lmlab.tracking.figure_table import print_figures
 from lmlab.tracking.report import draw_all, templates, write_page
+from lmlab.tracking.transcript import print_words
 from lmlab.tracking.values import scaled
 
 if TYPE_CHECKING:
@@ -30,6 +32,16 @@ COUNTS = ("texts", "size_bytes", "characters", "words", "tokens", "split_words",
 RATES = ("bytes_per_token", "tokens_per_word", "split_share")
 COLUMNS = ("tokenizer", "status", "vocab_size", "used", "group", *COUNTS, *RATES, "hidden_size")
 COSTS = ("parameters", "share", "bf16_mb", "training_mb")
+HEADINGS = (
+    "tokenizer",
+    "tokens",
+    "bytes/token",
+    "tokens/word",
+    "words split",
+    "round trip",
+    "used",
+    "embedding",
+)
 SCRIPT = Path(__file__).parent / "sort.js"
 NONE = "–"
 LONGEST_WORD = 15
@@ -209,49 +221,42 @@ def percent(value: float | None) -> str:
 
 def print_tokenizers(results: Mapping[str, Any]) -> None:
     """The table of all texts, that by group, and what to type next."""
+    from rich.box import SIMPLE
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
     made = [each for each in results["tokenizers"] if "total" in each]
-    table = Table(title="All texts", title_justify="left")
-    table.add_column("tokenizer", overflow="fold")
-    for name in ("tokens", "bytes/token", "tokens/word", "words split", "round trip", "used", "embedding"):
-        table.add_column(name, justify="right", no_wrap=True)
+    print_figures(console, "All texts", HEADINGS, [_all_texts(each) for each in made], box=SIMPLE)
     for each in results["tokenizers"]:
         if "total" not in each:
-            table.add_row(Text(each["label"]), Text(each["status"], style="yellow"))
-            continue
-        total, cost = each["total"], each["embedding"]
-        kind = "tied" if cost is None or cost["model_is_tied"] else "untied"
-        table.add_row(
-            Text(each["label"]), f"{each['vocab_size']:,}", rate(total["bytes_per_token"]), rate(total["tokens_per_word"]),
-            percent(total["split_share"]), f"{total['exact']:,}/{total['texts']:,}",
-            percent(each["used"] / each["vocab_size"]), NONE if cost is None else scaled(cost[kind]["parameters"]),
-        )  # fmt: skip
-    console.print(table)
+            print_words(console, f"{each['label']}: {each['status']}", style="yellow")
     groups = list(results["groups"])
     if len(groups) > 1:
-        console.print(_by_group(made, groups))
+        headings = ["texts", *(each["label"] for each in made)]
+        rows = [
+            [group, *(rate(each["groups"][group]["bytes_per_token"]) for each in made)] for group in groups
+        ]
+        print_figures(console, "Bytes per token", headings, rows, box=SIMPLE)
     for note in results["notes"]:
-        console.print(Text(f"note: {note}"), soft_wrap=True)
+        print_words(console, f"note: {note}")
     print("pretrain with one of them (val/bits_per_byte can be compared between them, val/loss cannot):")
     for each in made:
         print(f"  {each['command']}")
 
 
-def _by_group(made: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> Any:
-    """Bytes per token, a row per group."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title="Bytes per token", title_justify="left")
-    table.add_column("texts", overflow="fold")
-    for each in made:
-        table.add_column(Text(each["label"]), justify="right", overflow="fold")
-    for group in groups:
-        table.add_row(Text(group), *(rate(each["groups"][group]["bytes_per_token"]) for each in made))
-    return table
+def _all_texts(each: Mapping[str, Any]) -> list[str]:
+    """A tokenizer's row under `HEADINGS`."""
+    total, cost = each["total"], each["embedding"]
+    kind = "tied" if cost is None or cost["model_is_tied"] else "untied"
+    return [
+        each["label"],
+        f"{each['vocab_size']:,}",
+        rate(total["bytes_per_token"]),
+        rate(total["tokens_per_word"]),
+        percent(total["split_share"]),
+        f"{total['exact']:,}/{total['texts']:,}",
+        percent(each["used"] / each["vocab_size"]),
+        NONE if cost is None else scaled(cost[kind]["parameters"]),
+    ]
