@@ -21,6 +21,8 @@ from lmlab.tracking.values import duration, writable
 
 NARROW = 60
 """Columns below which samples are a list, as a table of three columns would break every word."""
+COMMAND = 70
+"""Characters of a command up to which what it is for stands in a column."""
 MIRROR = "W&B: "
 """How lines about the mirror begin; those of the start become a row of the table."""
 
@@ -183,8 +185,9 @@ def end(
     if commands:
         transcript.say("")
         transcript.say("what to type next:", style="bold")
+    column = max([len(command) for _, command in commands if len(command) <= COMMAND], default=0)
     for what, command in commands:
-        transcript.verbatim(f"  {command}  # {what}")
+        transcript.verbatim(f"  {command.ljust(column)}  # {what}")
 
 
 def next_commands(run: RunDir, where: str, *, is_made: bool, code: Any) -> list[tuple[str, str]]:

@@ -142,6 +142,7 @@ def test_on_a_terminal_of_that_width(tmp_path: Path, monkeypatch: pytest.MonkeyP
     log = (tmp_path / LOG).read_text(encoding="utf-8").splitlines()
     assert [line.split("  ")[:2] for line in log[1:]] == [
         ["step 1/4", "loss 8.0000"],
+        ["step 2/4", "loss 7.0000"],
         ["step 2/4", "val/loss 5.0000"],
     ]
     assert not set("".join(log)) & {"\r", "\x1b"}

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from lmlab.tracking.transcript import Transcript
+from lmlab.tracking.transcript import Transcript, print_words
 from lmlab.tracking.values import duration
 
 LINE_SECONDS = ((120.0, 5.0), (3600.0, 30.0), (float("inf"), 60.0))
@@ -102,6 +102,7 @@ class Progress:
         """A validation, or the test at the end."""
         if not self.active:
             return
+        self._settle()
         shown = [f"{k} {v:.4f}" for k, v in values.items() if k.startswith(("val/", "test/"))]
         self.transcript.say("  ".join([f"step {step}/{self.max_steps}", *shown]), style="bold", indent=2)
 
@@ -109,12 +110,18 @@ class Progress:
         """Remove the bar; the newest figures stay as a line."""
         if self._live is not None:
             self._live.close()
-            self._live = self._bar = None
-            if self._newest is not None:
-                self.transcript.screen.print(Text(self._newest[1]), highlight=False)
-        elif self._newest is not None and self._newest[0] != self._said:
-            self._line(*self._newest)
-        self._newest = None
+            self._live = None
+        self._settle()
+        self._bar = None
+
+    def _settle(self) -> None:
+        """The newest figures as a line that stays, on the screen above the bar too."""
+        if self._newest is None:
+            return
+        (step, line), self._newest = self._newest, None
+        if self._bar is not None:
+            print_words(self.transcript.screen, line, indent=2)
+        self._line(step, line)
 
 
 class Bar:
