@@ -52,9 +52,9 @@ def logged(folder: Path) -> list[str]:
     return (folder / LOG).read_text(encoding="utf-8").splitlines()
 
 
-def on_terminal(width: int, draw: Callable[[Console], None], **how: bool) -> list[str]:
+def on_terminal(width: int, draw: Callable[[Console], None]) -> list[str]:
     stream = io.StringIO()
-    draw(Console(file=stream, width=width, force_terminal=True, **how))
+    draw(Console(file=stream, width=width, force_terminal=True))
     return ESCAPE.sub("", stream.getvalue()).splitlines()
 
 

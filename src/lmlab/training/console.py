@@ -69,12 +69,12 @@ class Progress:
             return
         now = time.monotonic()
         self._recent.append((step, now))
-        loss, speed = values["train/loss"], values["perf/tokens_per_second"]
-        figures = [f"loss {loss:.4f}", f"{speed:,.0f} tokens/s", f"lr {values['train/lr']:.2e}"]
+        loss, rate = f"loss {values['train/loss']:.4f}", f"lr {values['train/lr']:.2e}"
+        speed = f"{values['perf/tokens_per_second']:,.0f} tokens/s"
         left = self._left(step)
         if self._bar is not None:
-            self._bar.show(step, *figures, left)
-        line = "  ".join([f"step {step}/{self.max_steps}", *figures, *([left] if left else [])])
+            self._bar.show(step, loss, speed, rate, left)
+        line = "  ".join([f"step {step}/{self.max_steps}", loss, speed, rate, *([left] if left else [])])
         self._newest = (step, line)
         apart = next(apart for until, apart in LINE_SECONDS if now - self._began < until)
         if step == 1 or step >= self.max_steps or now - self._last_line > apart:
