@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_answers(add: Callable[..., Any]) -> None:
     """What is generated, and how."""
-    add("--sampler", help="of the answers: a name in conf/sampler (default: the run's own, or greedy)")
+    add("--sampler", help="of the answers: a name in conf/sampler or in the run's config (default: the run's own, or greedy)")
     add("--max-new-tokens", type=int, metavar="N", help="the same as --set sampler.max_new_tokens=N")
     add(
         "--answers",
@@ -109,14 +109,18 @@ def _evaluate(options: argparse.Namespace) -> int:
     from lmlab.evaluate import Asked, Suites, chosen_sampler, evaluate
     from lmlab.evaluation.table import show, with_differences
     from lmlab.measured import DataChoice
+    from lmlab.plugged import samplers_of
     from lmlab.variants import Variant
 
     of_data, of_sampler = _settings(options)
     choices = tuple(
         DataChoice.of(given, settings=of_data, task=options.task, side=options.side) for given in options.data
     )
+    further: dict[str, dict[str, Any]] = {}
     if options.sampler is not None:  # of a run's own sampler nothing is known yet
-        chosen_sampler(options.sampler, of_sampler, {})
+        for model in reversed(options.models):  # of two with one name the first model's counts
+            further |= samplers_of(model, wanted=[options.sampler])
+        chosen_sampler(options.sampler, of_sampler, {}, also=further)
     words = options.compare.split(",") if options.compare else [""]
     variants = [
         Variant.parse(model, each.strip()) if each else Variant(model)
@@ -142,6 +146,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         sampler=options.sampler,
         sampler_settings=of_sampler,
+        further_samplers=further,
         answers=options.answers,
         seed=options.seed,
         suites=suites,

@@ -38,6 +38,7 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
         "session",
         "resume",
         "planning",
+        "plugged",
         "ranks",
         "reproduce",
         "runs",

@@ -9,7 +9,7 @@ import pytest
 
 from lmlab import registry
 from lmlab.generation.samplers import load_sampler
-from lmlab.load import _load_its_plugins
+from lmlab.plugged import load_plugins_of, samplers_of
 from lmlab.records import UserError
 
 CODE = """
@@ -41,7 +41,7 @@ def test_a_run_whose_sampler_is_a_plugin_s(
     (weights / "lmlab.json").write_text(json.dumps(about), encoding="utf-8")
     if own:
         (run / "run.json").write_text("{}", encoding="utf-8")
-    _load_its_plugins(weights)
+    load_plugins_of(weights)
     if own:
         assert load_sampler(sampler).kind == "odd_sampler"
     else:

@@ -284,7 +284,7 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
     if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
         load_plugins(plugins)
     refuse_secrets(values)
-    values = _named_optimizer(values)
+    values = _own_sampler_by_name(_named_optimizer(values))
     model = run_config_class()
     try:
         config = model.model_validate(values)
@@ -314,6 +314,14 @@ def _named_optimizer(values: dict[str, Any]) -> dict[str, Any]:
     own: Any = OmegaConf.to_container(OmegaConf.load(file))
     kept = {key: value for key, value in given.items() if key not in foreign}
     return {**values, "optim": {**own, **kept}}
+
+
+def _own_sampler_by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The run's sampler under its kind beside the named ones, so that `samples.grid` may name a plugin's without more."""
+    own, named = values.get("sampler"), values.get("samplers")
+    if not (isinstance(own, dict) and isinstance(own.get("kind"), str) and isinstance(named, dict)):
+        return values
+    return {**values, "samplers": {own["kind"]: own, **named}}
 
 
 def values_of_defaults(group: str) -> dict[str, Any]:
