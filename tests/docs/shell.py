@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from .pages import ROOT
 
+BASH = shutil.which("bash") or "bash"
 WORDS = "\n".join(
     f'{name}() {{ printf "%s\\0" {name} "$@"; printf "\\n"; }}'
     for name in ("python", "make", "pip", "pytest", "torchrun", "srun", "sbatch", "wandb", "optuna-dashboard")
@@ -20,7 +22,7 @@ PYTHON = 'python() { "$DOCS_PYTHON" "$@" "${DOCS_APPENDED[@]}"; }'
 def words_of(command: str) -> list[str]:
     """The program and its arguments after bash has read the line; of a pipe those of its last program. Nothing is run."""
     done = subprocess.run(
-        ["bash", "-c", f"set -f\n{WORDS}\n{command}"],
+        [BASH, "-c", f"set -f\n{WORDS}\n{command}"],
         env={"PATH": "", "PWD": "/"},
         capture_output=True,
         text=True,
@@ -47,7 +49,7 @@ def run(
     appended = " ".join(f"'{word}'" for word in append)
     paths = os.pathsep.join([str(cwd), str(ROOT / "src")])
     return subprocess.run(
-        ["bash", "-c", f"set -o pipefail\nDOCS_APPENDED=({appended})\n{PYTHON}\n{command}"],
+        [BASH, "-c", f"set -o pipefail\nDOCS_APPENDED=({appended})\n{PYTHON}\n{command}"],
         cwd=cwd,
         env={**os.environ, "DOCS_PYTHON": sys.executable, "PYTHONPATH": paths, "COLUMNS": "200"},
         stdin=subprocess.DEVNULL,

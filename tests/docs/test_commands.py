@@ -86,7 +86,7 @@ ONLY_READ = (
     OnlyRead(r"benchmarks/", "takes minutes to hours; `make bench` runs them"),
     OnlyRead(r"(?<!if )--(web|serve)\b", "serves until it is stopped; tests/chat/test_page.py and the tests of tracking open the pages"),
     OnlyRead(r"scripts/workspace\.py|--wandb-artifact", "needs an account; tests/tracking/test_workspace.py has a server of its own"),
-    OnlyRead(r"(generate|chat|evaluate|export)\.py [\w-]+/[\w.-]+ |\.py gpt2\b|(tokenizer|path|name)[= ](gpt2|[\w-]+/[A-Z][\w.-]+)\b|data=hub|data\.name=", "a name on the hub needs the network"),
+    OnlyRead(r"(generate|chat|evaluate|export)\.py (?!assets/|outputs/|exports/)[\w-]+/[\w.-]+|\.py gpt2\b|(tokenizer|path)[= ](gpt2|(?!assets/|outputs/|corpus/)[\w-]+/[A-Z][\w.-]+)\b|data=hub|data\.name=", "a name on the hub needs the network"),
     OnlyRead(r"--suite (?!my_task)|suites=\[(?!my_task)", "tasks of the harness download their data"),
     OnlyRead(r"scripts/(demo|build_tiny_base)\.py", "minutes; the README's examples are its steps, and tests/integration/test_tiny_base.py looks at what was built"),
     OnlyRead(r"LLAMA_CPP|ollama|vllm|--gguf", "needs a program that is not installed here; tests/export/test_elsewhere.py"),
@@ -118,7 +118,8 @@ class Runs:
 
 RUNS = (
     Runs(r"experiment=ablate_adapters", (*SHORT, "adapter=none,lora", "quant=none", "seed=1", "data.num_records=60")),
-    Runs(r"hparams_search=optuna", (*SHORT, "hparams_search.n_trials=2", "data=skills", "data.num_records=60", "overwrite=true"), without="trainer.batch_size=2"),
+    Runs(r"hparams_search=optuna", (*SHORT, "hparams_search.n_trials=2", "data=skills", "data.num_records=60"), without="trainer.batch_size=2"),
+    Runs(r"^python train\.py -m .*quant=none,fp16", (*SHORT, "adapter=lora", "quant=none,nf4", "data=skills", "data.num_records=60")),
     Runs(r"^python train\.py .*(-m|--multirun)\b.*experiment=skills", (*SHORT, "adapter=none,lora", "seed=1", "data.num_records=60")),
     Runs(r"^python train\.py .*(-m|--multirun)\b", (*SHORT, "seed=1", "data=skills", "data.num_records=60")),
     Runs(r"^python train\.py( --?(help|cfg|hydra-help|info).*)$"),
@@ -143,19 +144,27 @@ RUNS = (
 )  # fmt: skip
 
 
+def rule_of(command: Command) -> OnlyRead | Runs | None:
+    """The first rule whose pattern is found in the command, if there is one."""
+    text = filled(command.text)
+    return next((rule for rule in (*ONLY_READ, *RUNS) if re.search(rule.pattern, text)), None)
+
+
 def rule_for(command: Command) -> OnlyRead | Runs:
-    """The first rule whose pattern is found in the command.
+    """As `rule_of`.
 
     Raises:
         AssertionError: there is none: write one, or spell the command like its kin.
     """
-    text = filled(command.text)
-    rule = next((rule for rule in (*ONLY_READ, *RUNS) if re.search(rule.pattern, text)), None)
+    rule = rule_of(command)
     assert rule is not None, f"{command}\nmatches no rule of tests/docs/test_commands.py: add one"
     return rule
 
 
 COMMANDS = [command for command in all_commands() if command.page != "docs/extend.md"]
+OWN = re.compile(r"my_(conf|lab|package)")
+"""The reader's own, as in docs/extend.md."""
+INLINE = [command for command in all_inline_commands() if not OWN.search(command.text)]
 
 
 def test_the_pages_have_commands() -> None:
@@ -298,10 +307,9 @@ def test_every_command_of_a_page_is_read(page: str, accepts: Callable[[list[str]
 
 def test_commands_in_running_text_are_read(accepts: Callable[[list[str]], None]) -> None:
     wrong = []
-    for command in all_inline_commands():
-        if "my_conf" in command.text or "my_lab" in command.text or "my_package" in command.text:
-            continue  # the reader's own, as in docs/extend.md
+    for command in INLINE:
         try:
+            rule_for(command)
             check_words(command, accepts)
         except (AssertionError, ModuleNotFoundError) as error:
             wrong.append(f"{command}\n    {error}")
@@ -341,6 +349,8 @@ def _write_texts(folder: Path) -> None:
         stream.writelines(json.dumps({"text": text[n * 50 : n * 50 + 400]}) + "\n" for n in range(20))
     prompts = "".join(json.dumps({"prompt": f"Say the first word. {word} two"}) + "\n" for word in ("one", "red"))
     (folder / "asked.jsonl").write_text(prompts, encoding="utf-8")
+    triples = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(80)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in triples), encoding="utf-8")
     (folder / "tasks").mkdir()
     questions = [{"question": f"{n} + 1 =", "choices": [str(n + 1), "x"], "label": 0} for n in range(4)]
     lines = "".join(json.dumps(question) + "\n" for question in questions)
@@ -361,14 +371,21 @@ def appended(rule: Runs, text: str) -> Iterator[str]:
     for word in rule.append:
         if word == "trainer.max_steps=2" and "trainer.max_epochs" in text:
             continue
-        if word == rule.without or (word.startswith("--") and re.search(rf"{word}\b", text) and word != "--limit"):
+        if word == rule.without:
             continue
         yield word
     if rule.append and text.startswith("python train.py") and "resume=" not in text and "-m " not in text:
         yield "overwrite=true"
 
 
-RUN_HERE = [command for command in COMMANDS if isinstance(rule_for(command), Runs)]
+RUN_HERE = list(
+    {
+        command.text: command
+        for command in (*INLINE, *COMMANDS)
+        if isinstance(rule_of(command), Runs) and command.text != "python train.py -m"
+    }.values()
+)
+"""Each once, however often the pages have it."""
 
 
 @pytest.mark.slow
