@@ -39,7 +39,9 @@ def _chat(options: argparse.Namespace) -> int:
     adapters = further_adapters(options.adapter)
     changes = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
     further = samplers_of(options.model, wanted=[options.sampler])
-    chosen_sampler({}, options.sampler, changes, also=further)  # a wrong one is told before anything is loaded
+    chosen_sampler(
+        {}, options.sampler, changes, also=further
+    )  # a wrong one is told before anything is loaded
     if options.web:
         from lmlab.chat.page import free_port, require_gradio
 

@@ -76,7 +76,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_answers(add: Callable[..., Any]) -> None:
     """What is generated, and how."""
-    add("--sampler", help="of the answers: a name in conf/sampler or in the run's config (default: the run's own, or greedy)")
+    add(
+        "--sampler",
+        help="of the answers: a name in conf/sampler or in the run's config (default: the run's own, or greedy)",
+    )
     add("--max-new-tokens", type=int, metavar="N", help="the same as --set sampler.max_new_tokens=N")
     add(
         "--answers",

@@ -29,11 +29,13 @@ class Command:
         page: path from the root of the repository.
         line: number of its first line.
         text: one line, continuation lines joined; without a leading ``$``.
+        error: the line ``error: ...`` that the page shows below it; "" where the command is to work.
     """
 
     page: str
     line: int
     text: str
+    error: str = ""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}: {self.text}"
@@ -61,8 +63,9 @@ def commands_in(text: str, page: str) -> list[Command]:
     """The commands of a page: lines of its code blocks that begin with ``$``, a known program, or stand in a shell block."""
     found: list[Command] = []
     open_command: tuple[int, str] | None = None
-    for number, language, line in code_lines(text):
-        line = line.strip()
+    of_code = {number: line.strip() for number, _, line in code_lines(text)}
+    for last, language, line in code_lines(text):
+        number, line = last, line.strip()
         if open_command is not None:
             number, line = open_command[0], f"{open_command[1]} {line}"
         elif line.startswith("$ "):
@@ -80,7 +83,8 @@ def commands_in(text: str, page: str) -> list[Command]:
             open_command = (number, line[:-1].rstrip())
             continue
         open_command = None
-        found.append(Command(page, number, line))
+        below = of_code.get(last + 1, "")
+        found.append(Command(page, number, line, below if below.startswith("error: ") else ""))
     return found
 
 

@@ -36,7 +36,17 @@ def words_of(command: str) -> list[str]:
 def workspace(folder: Path) -> Path:
     """A folder that looks like a clone to a command, and takes what commands write."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train.py", "scripts", "benchmarks", "conf", "assets", "README.md", "docs", "Makefile", "notebooks"):
+    for name in (
+        "train.py",
+        "scripts",
+        "benchmarks",
+        "conf",
+        "assets",
+        "README.md",
+        "docs",
+        "Makefile",
+        "notebooks",
+    ):
         if (ROOT / name).exists():
             (folder / name).symlink_to(ROOT / name)
     return folder

@@ -62,7 +62,9 @@ def test_an_example_is_one_file_one_yaml_one_test(name: str) -> None:
     of_code = [file for file in files if file.startswith("my_lab/")]
     assert len(of_code) == 1
     assert folders.count("my_tests") == 1
-    assert folders.count("my_conf") == (2 if name == "Model" else 1), "a model from transformers needs a YAML alone"
+    assert folders.count("my_conf") == (2 if name == "Model" else 1), (
+        "a model from transformers needs a YAML alone"
+    )
     for file, text in files.items():
         if file.endswith(".py"):
             ast.parse(text, file)
@@ -148,7 +150,9 @@ def one_bit(outputs: Path, out: list[str]) -> None:
 
 def models(outputs: Path, out: list[str]) -> None:
     kinds = {
-        name: json.loads((outputs / f"pretrain/{name}/model/config.json").read_text(encoding="utf-8"))["model_type"]
+        name: json.loads((outputs / f"pretrain/{name}/model/config.json").read_text(encoding="utf-8"))[
+            "model_type"
+        ]
         for name in ("qwen3_tiny", "scaled")
     }
     assert kinds == {"qwen3_tiny": "qwen3", "scaled": "scaled_llama"}
@@ -205,7 +209,9 @@ def test_several_at_once(lab: Path) -> None:
 
 @pytest.mark.slow
 def test_a_plugin_s_adapter_refuses_in_one_line(lab: Path) -> None:
-    command = commands_in(THINGS["Adapter"], PAGE.name)[0].text.replace("run_name=norm_gains", "run_name=refused")
+    command = commands_in(THINGS["Adapter"], PAGE.name)[0].text.replace(
+        "run_name=norm_gains", "run_name=refused"
+    )
     done = run(command, lab, append=["quant=int8"])
     assert done.returncode == 2
     assert done.stderr.startswith("error: adapter=norm_gains over quant=int8")
@@ -232,7 +238,13 @@ def test_all_of_them_inside_lmlab(tmp_path: Path) -> None:
                 target.write_text(text, encoding="utf-8")
     (tmp_path / "reviews.jsonl").write_text(files_in(TEXT)["reviews.jsonl"], encoding="utf-8")
     chosen = ["sampler=top_a", "samples.grid=[top_a]", "loss=focal", "optim=lion", "metrics=similarity"]
-    chosen += ["callbacks=weight_norm", "quant=one_bit", "data=reviews", "data.path=reviews.jsonl", "data.val_fraction=0.3"]
+    chosen += [
+        "callbacks=weight_norm",
+        "quant=one_bit",
+        "data=reviews",
+        "data.path=reviews.jsonl",
+        "data.val_fraction=0.3",
+    ]
     short = ["trainer.max_steps=2", "trainer.val_every_n_steps=2", "logger=none", "run_name=all"]
     done = subprocess.run(
         [sys.executable, "train.py", *chosen, *short],
