@@ -91,6 +91,7 @@ ONLY_READ = (
     OnlyRead(r"scripts/(demo|build_tiny_base)\.py", "minutes; the README's examples are its steps, and tests/integration/test_tiny_base.py looks at what was built"),
     OnlyRead(r"LLAMA_CPP|ollama|vllm|--gguf", "needs a program that is not installed here; tests/export/test_elsewhere.py"),
     OnlyRead(r"^(git|cd|export|ray|docker|jupyter)\b|^\. ", "a line for the reader's shell, or for another program"),
+    OnlyRead(r"^python -m tests\.", "rewrites a page; a test holds the page against it"),
     OnlyRead(r"s3://|ray_address|--ray\b|engine=ray", "needs a server or a cluster; the tests of data start one"),
 )  # fmt: skip
 
@@ -406,7 +407,7 @@ def appended(rule: Runs, text: str) -> Iterator[str]:
 
 RUN_HERE = list(
     {
-        command.text: command
+        re.sub(r"\s+#.*$", "", filled(command.text)): command
         for command in (*INLINE, *COMMANDS)
         if isinstance(rule_of(command), Runs) and command.text != "python train.py -m"
     }.values()
