@@ -14,7 +14,19 @@ from .pages import ROOT
 BASH = shutil.which("bash") or "bash"
 WORDS = "\n".join(
     f'{name}() {{ printf "%s\\0" {name} "$@"; printf "\\n"; }}'
-    for name in ("python", "make", "pip", "pytest", "torchrun", "srun", "sbatch", "wandb", "optuna-dashboard", "jupyter", "ray")
+    for name in (
+        "python",
+        "make",
+        "pip",
+        "pytest",
+        "torchrun",
+        "srun",
+        "sbatch",
+        "wandb",
+        "optuna-dashboard",
+        "jupyter",
+        "ray",
+    )
 )
 PYTHON = 'python() { "$DOCS_PYTHON" "$@" "${DOCS_APPENDED[@]}"; }'
 
