@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 60.0
+"""Seconds without a word after which a test is given up."""
 needs_browser = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
@@ -30,14 +33,14 @@ class Browser:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
                  "--no-first-run", f"--user-data-dir={profile}", "--remote-debugging-pipe"]  # fmt: skip
         # Chromium reads its orders at 3 and answers at 4, so a shell puts them there.
-        told = f"exec 3<&{read} 4>&{write}; exec \"$@\""
+        told = f'exec 3<&{read} 4>&{write}; exec "$@"'
         self._process = subprocess.Popen(
             ["bash", "-c", told, "bash", str(CHROMIUM), *flags, "about:blank"],
             pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(read)
         os.close(write)
-        self._answers, self._number, self._waiting = os.fdopen(self._read, "rb"), 0, b""
+        self._number, self._waiting = 0, b""
         self._session: str | None = None
         self.requests: list[str] = []
         self.errors: list[str] = []
@@ -56,7 +59,7 @@ class Browser:
             self._process.wait(timeout=10)
         self._process.kill()
         self._process.wait()
-        self._answers.close()
+        os.close(self._read)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """One order, and its answer."""
@@ -74,7 +77,8 @@ class Browser:
     def _next(self) -> dict[str, Any]:
         """The next message; events are noted on the way."""
         while b"\0" not in self._waiting:
-            piece = self._answers.read1(1 << 16)  # pyright: ignore[reportAttributeAccessIssue]
+            assert select.select([self._read], [], [], PATIENCE)[0], "the browser does not answer"
+            piece = os.read(self._read, 1 << 16)
             assert piece, "the browser is gone"
             self._waiting += piece
         line, _, self._waiting = self._waiting.partition(b"\0")

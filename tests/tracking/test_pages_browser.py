@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from lmlab.tracking.groups import Entry
 from lmlab.tracking.index import write_index
 from lmlab.tracking.report import write_report
 from lmlab.tracking.results import write_results
-from lmlab.tracking.serve import Server
 
 from .browser import Browser, needs_browser
 from .pages import small_run, write_json, write_run
@@ -40,13 +40,19 @@ def root(tmp_path: Path) -> Path:
     """Three runs alone and a sweep of two."""
     ends = {"one": 3.0, "two": 1.0, "three": 2.0}
     for place, (name, end) in enumerate(ends.items()):
-        run = small_run(tmp_path / "sft" / name, losses={0: 4.0, 20: end}, status="failed" if name == "two" else "finished")
+        run = small_run(
+            tmp_path / "sft" / name,
+            losses={0: 4.0, 20: end},
+            status="failed" if name == "two" else "finished",
+        )
         write_json(run / "run.json", {"started": f"2026-11-2{place}T10:00:00+00:00"})
     sweep = tmp_path / "sweeps" / "grid"
     rows = []
     for job, end in ((0, 2.5), (1, 1.5)):
         small_run(sweep / f"{job}-lr={job}", adapter="lora", losses={0: 4.0, 20: end})
-        rows.append({"job": job, "overrides": f"lr={job}", "status": "finished", "directory": f"x/{job}-lr={job}"})
+        rows.append(
+            {"job": job, "overrides": f"lr={job}", "status": "finished", "directory": f"x/{job}-lr={job}"}
+        )
     write_results(sweep, rows)
     return tmp_path
 
@@ -64,7 +70,9 @@ def pages(root: Path, tmp_path: Path) -> list[Path]:
     """A run's page, one that compares, and the list."""
     long = "experiment=" + "a_very_long_name_" * 8
     report = write_report(write_run(tmp_path / "reports" / "run-with-a-long-name-that-goes-on"))
-    entries = [Entry(f"{long}{kind}", small_run(tmp_path / "c" / kind, adapter=kind)) for kind in ("none", "lora")]
+    entries = [
+        Entry(f"{long}{kind}", small_run(tmp_path / "c" / kind, adapter=kind)) for kind in ("none", "lora")
+    ]
     compared = write_comparison(tmp_path / "c", entries, title="a sweep with a long name of many words")
     return [report, compared, write_index(root)]
 
@@ -86,10 +94,14 @@ def test_pages_are_no_wider_than_the_screen_and_ask_for_nothing(
         )
         assert small == [], "no text below 12 px"
         # What lies on what: WCAG's contrast of text against the background of the page.
-        ink, paper = (browser.run(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+        ink, paper = (
+            browser.run(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
+        )
         assert contrast(ink, paper) > 10
         for name in ("--muted", "--c1", "--c2", "--c3", "--good", "--bad", "--open"):
-            shade = browser.run(f"getComputedStyle(document.documentElement).getPropertyValue('{name}').trim()")
+            shade = browser.run(
+                f"getComputedStyle(document.documentElement).getPropertyValue('{name}').trim()"
+            )
             assert contrast(shade, paper) >= 4.5, (name, shade)
 
 
@@ -97,8 +109,14 @@ def contrast(one: str, other: str) -> float:
     """WCAG 2.2's contrast ratio of two colours, ``#rrggbb`` or ``rgb(r, g, b)``."""
     light = []
     for colour in (one, other):
-        parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)] if colour.startswith("#") else [int(n) for n in re.findall(r"\d+", colour)[:3]]
-        linear = [v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in parts]
+        parts = (
+            [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
+            if colour.startswith("#")
+            else [int(n) for n in re.findall(r"\d+", colour)[:3]]
+        )
+        linear = [
+            v / 255 / 12.92 if v / 255 <= 0.04045 else ((v / 255 + 0.055) / 1.055) ** 2.4 for v in parts
+        ]
         light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(light) + 0.05) / (min(light) + 0.05)
 
@@ -132,7 +150,9 @@ def test_colours_follow_the_system_until_they_are_chosen(browser: Browser, pages
 def test_no_other_script_runs(browser: Browser, pages: list[Path]) -> None:
     page = pages[1]
     html = page.read_text(encoding="utf-8")
-    page.write_text(html.replace("</body>", "<script>document.title = 'theirs'</script></body>"), encoding="utf-8")
+    page.write_text(
+        html.replace("</body>", "<script>document.title = 'theirs'</script></body>"), encoding="utf-8"
+    )
     browser.open(page.as_uri())
     assert browser.run("document.title") != "theirs"
     page.write_text(re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -200,7 +220,9 @@ def test_the_list_filters_by_words_and_by_a_column(browser: Browser, root: Path)
     assert browser.run("document.querySelector('.filter output').getAttribute('aria-live')") == "polite"
 
 
-def test_a_long_table_of_a_report_filters_and_a_short_one_has_no_filter(browser: Browser, pages: list[Path]) -> None:
+def test_a_long_table_of_a_report_filters_and_a_short_one_has_no_filter(
+    browser: Browser, pages: list[Path]
+) -> None:
     browser.open(pages[0].as_uri())
     tables = browser.run(
         "Array.from(document.querySelectorAll('table.sortable')).map(t => [t.tBodies[0].rows.length,"
@@ -214,25 +236,31 @@ def test_a_long_table_of_a_report_filters_and_a_short_one_has_no_filter(browser:
 
 
 def test_the_served_list_follows_the_runs(browser: Browser, root: Path) -> None:
-    with Server(root, 0) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    def shows(where: str, text: str) -> None:
+        found = f"document.querySelector('{where}').textContent.includes('{text}')"
+        wait = f"new Promise(done => {{ const look = () => {found} ? done(true) : setTimeout(look, 100); look(); }})"
+        assert browser.run(wait)
+
+    script = Path(__file__).parents[2] / "scripts" / "report.py"
+    told = [sys.executable, str(script), str(root), "--serve", "--port", "0"]
+    with subprocess.Popen(told, stdout=subprocess.PIPE, text=True) as server:
         try:
-            browser.open(server.url)
+            assert server.stdout is not None
+            url = server.stdout.readline().split()[1]
+            browser.open(url)
             type_in(browser, "n", 0)
             browser.run("document.querySelector('.fold').click()")
             with open(root / "sft" / "one" / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write('{"step": 30, "val/loss": 0.25}\n')
             small_run(root / "sft" / "new")
             small_run(root / "sft" / "xyz")
-            wait = "new Promise(done => { const look = () => document.body.textContent.includes('0.2500') ? done(true) : setTimeout(look, 100); look(); })"
-            assert browser.run(wait)
-            assert sorted(browser.run(SEEN)) == ["grid", "new", "one"], "the filter holds for what came"
-            assert "7 runs" in browser.run("document.getElementById('tally').textContent")
-            assert {url.rstrip("/") for url in browser.requests} == {server.url.rstrip("/")}
+            shows("#runs", "0.2500")
+            shows("#tally", "7 runs")
+            assert sorted(browser.run(SEEN)) == ["new", "one"], "the filter holds for what came"
+            type_in(browser, "")
+            assert {"grid", "0-lr=0", "1-lr=1", "xyz"} < set(browser.run(SEEN)), "and what was unfolded is"
+            assert set(browser.requests) == {url}
             assert browser.errors == []
         finally:
-            server.shutdown()
-            thread.join()
-    wait = "new Promise(done => { const look = () => document.getElementById('live').textContent.includes('does not answer') ? done(true) : setTimeout(look, 100); look(); })"
-    assert browser.run(wait)
+            server.kill()
+    shows("#live", "does not answer")

@@ -19,7 +19,16 @@ from lmlab.tracking import plots
 from lmlab.tracking.report import RunFiles, flatten, read_run, render, status, write_report
 from lmlab.tracking.sample_view import sample_groups, word_diff
 
-from .pages import HOSTILE, Page, assert_only_our_script, metric_rows, script, write_json, write_lines, write_run
+from .pages import (
+    HOSTILE,
+    Page,
+    assert_only_our_script,
+    metric_rows,
+    script,
+    write_json,
+    write_lines,
+    write_run,
+)
 
 
 def page_of(run_dir: Path) -> Page:

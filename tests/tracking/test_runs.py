@@ -17,7 +17,8 @@ from lmlab.journal import RunDir
 from lmlab.tracking import runs as runs_module
 from lmlab.tracking.index import render, sparkline, write_index
 from lmlab.tracking.results import write_results
-from lmlab.tracking.runs import MARKS, Reader, Run
+from lmlab.tracking.run_row import Run, setting
+from lmlab.tracking.runs import MARKS, Reader
 
 from .pages import HOSTILE, Page, assert_only_our_script, script, small_run, write_json, write_lines
 
@@ -31,8 +32,13 @@ def started(folder: Path, moment: str) -> Path:
 def root(tmp_path: Path) -> Path:
     """Two runs alone, a sweep of two jobs and one refused, and a comparison."""
     root = tmp_path / "outputs"
-    started(small_run(root / "sft" / "good", adapter="qlora", quant="nf4", trained=331_776), "2026-11-25T10:00:00+00:00")
-    died = started(small_run(root / "pretrain" / "died", task="pretrain", status="failed"), "2026-11-26T10:00:00+00:00")
+    started(
+        small_run(root / "sft" / "good", adapter="qlora", quant="nf4", trained=331_776),
+        "2026-11-25T10:00:00+00:00",
+    )
+    died = started(
+        small_run(root / "pretrain" / "died", task="pretrain", status="failed"), "2026-11-26T10:00:00+00:00"
+    )
     summary = json.loads((died / "summary.json").read_text(encoding="utf-8"))
     write_json(died / "summary.json", summary | {"error": "CUDA out of memory in <backward>"})
     sweep = root / "sweeps" / "ablation"
@@ -40,7 +46,12 @@ def root(tmp_path: Path) -> Path:
     for place, (name, end) in enumerate(ends.items()):
         run = small_run(sweep / name, adapter=name.partition("=")[2], losses={0: 4.0, 20: end})
         started(run, f"2026-11-24T1{place}:00:00+00:00")
-    row = {"job": 9, "overrides": "adapter=none", "status": "finished", "directory": f"elsewhere/{next(iter(ends))}"}
+    row = {
+        "job": 9,
+        "overrides": "adapter=none",
+        "status": "finished",
+        "directory": f"elsewhere/{next(iter(ends))}",
+    }
     refused = {"job": 11, "overrides": "quant=nf4", "status": "refused: cannot train", "directory": ""}
     write_results(sweep, [row, refused])
     compared = root / "reports" / "20261126-a-b"
@@ -63,7 +74,7 @@ def test_runs_sweeps_and_comparisons_are_told_apart(root: Path) -> None:
     assert [(sweep.path, [job.name for job in sweep.jobs]) for sweep in found.sweeps] == [
         ("sweeps/ablation", ["9-adapter=none", "10-adapter=lora", "quant=nf4"])
     ]
-    assert found.sweeps[0].statuses == {"finished": 2, "refused": 1}
+    assert [job.status for job in found.sweeps[0].jobs] == ["finished", "finished", "refused"]
     assert found.sweeps[0].lowest("val/loss") == 1.25
     assert found.comparisons == ["reports/20261126-a-b"]
     assert [thing.name for thing in found.newest_first] == ["died", "good", "ablation"]
@@ -85,19 +96,25 @@ def test_what_a_running_run_has_logged_so_far(tmp_path: Path) -> None:
     run = small_run(tmp_path / "sft" / "now", peak=2.5, trainer={"max_steps": 500})
     write_json(run / "summary.json", {"status": "running", "exit_code": None})
     with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"step": 30, "val/loss": "nan"}\n{"step": 30, "val/bits_per_byte": 0.75}\n{"step": 31, "tr')
+        file.write(
+            '{"step": 30, "val/loss": "nan"}\n{"step": 30, "val/bits_per_byte": 0.75}\n{"step": 31, "tr'
+        )
     found = one(tmp_path, "now")
-    assert (found.step, found.max_steps, found.notes) == (30, 500, "no run.json, metrics.jsonl has 1 broken line")
+    assert (found.step, found.max_steps, found.notes) == (
+        30,
+        500,
+        "no run.json, metrics.jsonl has 1 broken line",
+    )
     assert found.figures == {"val/loss": 1.0, "val/bits_per_byte": 0.75, "memory/peak_gb": 2.5,
                              "perf/tokens_per_second_median": 1000.0}  # fmt: skip
 
 
 def test_a_setting_is_read_from_its_own_block() -> None:
     text = "task: sft\nmodel:\n  kind: scratch\nadapter:\n  rank: 8\n  kind: lora\n  more:\n    kind: no\nquant:\n  kind: none\nx: null\n"
-    told = [runs_module._setting(text, *names) for names in (("task",), ("adapter", "kind"), ("quant", "kind"), ("x",), ("optim", "kind"))]  # fmt: skip
+    told = [setting(text, *names) for names in (("task",), ("adapter", "kind"), ("quant", "kind"), ("x",), ("optim", "kind"))]  # fmt: skip
     assert told == ["sft", "lora", "none", "", ""]
-    assert runs_module._setting("adapter:\n" + "  a: b\n" * 3, "adapter", "kind") == ""
-    assert runs_module._setting("adapter: {kind: lora}\n", "adapter", "kind") == "", "not as lmlab writes it"
+    assert setting("adapter:\n" + "  a: b\n" * 3, "adapter", "kind") == ""
+    assert setting("adapter: {kind: lora}\n", "adapter", "kind") == "", "not as lmlab writes it"
 
 
 # --- how a run stands -----------------------------------------------------------------------------------------------
@@ -138,7 +155,9 @@ def test_an_exit_code_says_it_too(tmp_path: Path, summary: dict[str, Any], statu
 def test_a_run_is_read_anew_only_when_its_files_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, read = Reader(root), []
     original = runs_module.read_run
-    monkeypatch.setattr(runs_module, "read_run", lambda folder, path: read.append(path) or original(folder, path))
+    monkeypatch.setattr(
+        runs_module, "read_run", lambda folder, path: read.append(path) or original(folder, path)
+    )
     assert len(reader.read().all) == 5
     assert len(read) == 4
     assert reader.read().all == reader.read().all
@@ -202,14 +221,22 @@ def test_links_and_locked_folders_are_said(root: Path, tmp_path: Path) -> None:
     assert "Folders more than 8 levels deep are not looked into: 1." in page.words
     (root / "sft" / "closed").mkdir(mode=0)
     if not os.access(root / "sft" / "closed", os.R_OK):  # the superuser may look everywhere
-        assert "Cannot be looked into: sft/closed: Permission denied." in Page(render(Reader(root).read())).words
+        assert (
+            "Cannot be looked into: sft/closed: Permission denied." in Page(render(Reader(root).read())).words
+        )
 
 
 def test_numbers_too_large_for_a_plot_or_a_float(tmp_path: Path) -> None:
     run = small_run(tmp_path / "sft" / "wild")
-    rows = [{"step": step, "val/loss": value} for step, value in enumerate((1e308, -1e308, 1e999, None, "x", True, [1]))]
+    rows = [
+        {"step": step, "val/loss": value}
+        for step, value in enumerate((1e308, -1e308, 1e999, None, "x", True, [1]))
+    ]
     write_lines(run / "metrics.jsonl", rows)
-    write_json(run / "summary.json", {"status": "finished", "memory/peak_gb": 1e308, "model/params_trainable": -1e308})
+    write_json(
+        run / "summary.json",
+        {"status": "finished", "memory/peak_gb": 1e308, "model/params_trainable": -1e308},
+    )
     assert one(tmp_path, "wild").curve == ((0, 1e308), (1, -1e308))
     assert "nan" not in render(Reader(tmp_path).read()).split("<tbody")[1]
     (run / "metrics.jsonl").write_text('{"step": 3, "val/loss": ' + "9" * 5000 + "}\n", encoding="utf-8")
@@ -226,7 +253,7 @@ def test_the_page_is_whole_and_asks_for_nothing(root: Path) -> None:
     assert "http" not in html.replace("http-equiv", "")
     page = Page(html)
     text = " ".join(page.words.split())
-    for said in ("5 runs: 3 finished, 1 failed, 1 refused; 1 sweep.", "331,776", "CUDA out of memory in <backward>",
+    for said in ("5 runs: 1 failed, 3 finished, 1 refused; 1 sweep.", "331,776", "CUDA out of memory in <backward>",
                  "sweep of 3 jobs", "1.250lowest of 2", "cannot train", "2026-11-25 10:00"):  # fmt: skip
         assert said in text, said
     links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
@@ -235,7 +262,9 @@ def test_the_page_is_whole_and_asks_for_nothing(root: Path) -> None:
     rows = html.split("<tbody")[1:]
     assert heads == 13
     assert all(part.count("<td") % (heads - 1) == 0 for part in rows), "a cell for each column"
-    assert [attrs.get("aria-sort") for tag, attrs in page.tags if tag == "th" and "aria-sort" in attrs] == ["descending"]
+    assert [attrs.get("aria-sort") for tag, attrs in page.tags if tag == "th" and "aria-sort" in attrs] == [
+        "descending"
+    ]
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
     assert "val/loss 4.000 at step 0 to 1.000 at step 20" in labels
 
@@ -250,7 +279,9 @@ def test_names_and_reasons_are_text(tmp_path: Path) -> None:
     write_json(run / "summary.json", {"status": HOSTILE, "error": HOSTILE + "\x1b[31m\u202e"})
     sweep = tmp_path / "sweeps" / name
     small_run(sweep / "0-a")
-    write_results(sweep, [{"job": 1, "overrides": HOSTILE, "status": f"{HOSTILE}: {HOSTILE}", "directory": ""}])
+    write_results(
+        sweep, [{"job": 1, "overrides": HOSTILE, "status": f"{HOSTILE}: {HOSTILE}", "directory": ""}]
+    )
     html = write_index(tmp_path).read_text(encoding="utf-8")
     assert_only_our_script(html)
     page = Page(html)

@@ -76,7 +76,9 @@ def test_the_list_is_made_anew_at_each_load(server: Server, root: Path) -> None:
     before = sorted(root.rglob("*"))
     small_run(root / "sft" / "more")
     assert "3 runs: 3 finished" in ask(server, "/")[1]
-    assert [path for path in root.rglob("*") if path not in before and "more" not in path.parts] == [], "it only reads"
+    assert [path for path in root.rglob("*") if path not in before and "more" not in path.parts] == [], (
+        "it only reads"
+    )
 
 
 def test_an_unchanged_list_is_not_sent_again(server: Server, root: Path) -> None:
@@ -114,7 +116,9 @@ def test_a_page_older_than_its_run_is_made_now(server: Server, root: Path) -> No
     job = root / "sweeps" / "s" / "0-adapter=none"
     assert "✓ finished" in Page(ask(server, "/sweeps/s/0-adapter=none/report.html")[1]).words
     assert not (job / "report.html").exists()
-    write_results(root / "sweeps" / "s", [{"job": 1, "overrides": "a", "status": "refused: no", "directory": ""}])
+    write_results(
+        root / "sweeps" / "s", [{"job": 1, "overrides": "a", "status": "refused: no", "directory": ""}]
+    )
     assert "1 refused" in Page(ask(server, "/sweeps/s/report.html")[1]).words
 
 
@@ -184,7 +188,9 @@ def test_it_listens_on_this_machine_alone(server: Server) -> None:
 
 def test_a_port_that_is_taken_is_one_line(server: Server, root: Path) -> None:
     port = server.server_address[1]
-    with pytest.raises(UserError, match=rf"port {port} cannot be used: .* \(--port\): choose another one, or 0"):
+    with pytest.raises(
+        UserError, match=rf"port {port} cannot be used: .* \(--port\): choose another one, or 0"
+    ):
         Server(root, port)
     with pytest.raises(UserError, match="no such directory"):
         Server(root / "nowhere", 0)

@@ -9,7 +9,7 @@ import datetime
 import hashlib
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from markupsafe import Markup
 
 from lmlab.tracking.pages import Shell, templates, write_page
 from lmlab.tracking.plots import short
-from lmlab.tracking.runs import FIGURES, Reader, Run, Runs, Sweep
+from lmlab.tracking.run_row import FIGURES, Run
+from lmlab.tracking.runs import Reader, Runs, Sweep
 from lmlab.tracking.values import aligned
 
 INDEX = "index.html"
 _LOOKS = {"finished": ("good", "✓"), "running": ("now", "▶"), "failed": ("bad", "✗"), "error": ("bad", "✗"),
           "interrupted": ("open", "‖"), "refused": ("open", "–"), "unknown": ("open", "?")}  # fmt: skip
+_ORDER = ("running", "failed", "error", "interrupted", "unknown", "finished")
 _SHOW: dict[str, Callable[[float], str]] = {
     "val/loss": aligned,
     "val/bits_per_byte": aligned,
@@ -55,7 +57,7 @@ def render(runs: Runs, *, live: bool = False) -> str:
         live=live,
         name=runs.root.resolve().name,
         total=len(every),
-        tally=list(Counter(run.status for run in every).most_common()),
+        tally=_tally(run.status for run in every),
         sweeps=len(runs.sweeps),
         running=any(run.status == "running" for run in every),
         notices=runs.notices,
@@ -87,6 +89,14 @@ def sparkline(curve: Sequence[tuple[int, float]]) -> Markup:
     ).format(_WIDTH, _HEIGHT, told, line, *points[-1])
 
 
+def _tally(statuses: Iterable[str]) -> list[tuple[str, int]]:
+    """How many of each status, those that want to be seen first."""
+    found = Counter(statuses)
+    return sorted(
+        found.items(), key=lambda pair: (_ORDER.index(pair[0]) if pair[0] in _ORDER else len(_ORDER), pair[0])
+    )
+
+
 def _alone(run: Run, live: bool) -> dict[str, Any]:
     return _versioned({"key": run.path, "lead": None, "rows": [_row(run, live)]})
 
@@ -104,8 +114,8 @@ def _sweep(sweep: Sweep, live: bool) -> dict[str, Any]:
         "link": _link(sweep.path) if sweep.page or live else "",
         "jobs": len(sweep.jobs),
         "tasks": ", ".join(sorted({job.task for job in sweep.jobs if job.task})),
-        "tally": ", ".join(f"{count} {word}" for word, count in sweep.statuses.most_common()),
-        "running": bool(sweep.statuses["running"]),
+        "tally": ", ".join(f"{count} {word}" for word, count in _tally(job.status for job in sweep.jobs)),
+        "running": any(job.status == "running" for job in sweep.jobs),
         "started": _moment(min(starts, default=None)),
         "adapters": ", ".join(sorted({job.adapter for job in sweep.jobs if job.adapter})),
         "quants": ", ".join(sorted({job.quant for job in sweep.jobs if job.quant})),

@@ -239,7 +239,7 @@ def draw_svg(key: str, paint: Callable[[Axes], None], *, height: float, bars: bo
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False, "font.size": 10,
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False, "font.size": 11.5,
                 "axes.unicode_minus": True, "path.simplify": False}  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.7, height), layout="constrained")

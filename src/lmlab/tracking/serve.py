@@ -23,7 +23,7 @@ from lmlab.records import UserError
 from lmlab.tracking import compare, report
 from lmlab.tracking.index import INDEX, render
 from lmlab.tracking.results import entries_of
-from lmlab.tracking.runs import Reader
+from lmlab.tracking.runs import Reader, Runs
 
 HOST = "127.0.0.1"
 NAMES = frozenset({"127.0.0.1", "localhost"})
@@ -59,7 +59,8 @@ class Server(ThreadingHTTPServer):
             )
         if not 0 <= port < 1 << 16:
             raise UserError(f"{port} is no port", where="--port", fix="0 (any that is free) to 65535")
-        self.reader, self.making = Reader(self.root), threading.Lock()
+        self.making = threading.Lock()
+        self._reader, self._made = Reader(self.root), (Runs(self.root), "")
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -67,6 +68,14 @@ class Server(ThreadingHTTPServer):
             raise UserError(
                 what, where="--port", fix="choose another one, or 0 for any that is free"
             ) from error
+
+    def page(self) -> str:
+        """The page of all runs as they stand now."""
+        with self.making:
+            runs = self._reader.read()
+            if not self._made[1] or runs != self._made[0]:
+                self._made = (runs, render(runs, live=True))
+            return self._made[1]
 
     @property
     def url(self) -> str:
@@ -102,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             parts = self._parts()
             if parts in ([], [INDEX]):
-                return self._page(self._index())
+                return self._page(self.server.page())
             if parts is None or (path := self._inside(parts)) is None:
                 return self._refuse(HTTPStatus.NOT_FOUND, "nothing is served under this name")
             if path.name == _REPORT and (page := self._fresh(path)) is not None:
@@ -148,10 +157,6 @@ class _Handler(BaseHTTPRequestHandler):
         return real if known and real.is_relative_to(self.server.root) else None
 
     # --- what is answered -----------------------------------------------------------------------------------------
-
-    def _index(self) -> str:
-        with self.server.making:
-            return render(self.server.reader.read(), live=True)
 
     def _fresh(self, path: Path) -> str | None:
         """A run's or a sweep's page made now, where the one on disk is older than what it is made from or not there."""
