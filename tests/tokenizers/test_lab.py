@@ -50,7 +50,6 @@ def run(folder: Path, *arguments: str, multirun: bool = True) -> int:
         "data=text",
         f"data.path={folder}/train.txt",
         f"output_root={folder}/out",
-        "tokenizer.min_frequency=2",
     ]
     sys.argv = ["train_tokenizer.py", *(["-m"] if multirun else []), *told, *arguments]
     return run_app(train, config_name="train_tokenizer", own=LAB)
@@ -221,6 +220,7 @@ def test_without_texts_the_validation_side_is_measured(lab: Lab, folder: Path) -
     assert "already exists" in err
 
 
+@pytest.mark.slow
 def test_text_that_was_trained_on_and_the_same_tokenizer_twice_are_said(lab: Lab, folder: Path) -> None:
     # 60 equal lines hold fewer pairs than 900: both end at the same vocabulary.
     code, out, _ = lab(
@@ -242,7 +242,6 @@ def test_characters_that_are_lost_are_shown(lab: Lab, folder: Path) -> None:
         "tokenizer=chars,bpe",
         f"lab.texts=[{folder}/french.txt]",
         "run_name=lossy",
-        "~tokenizer.min_frequency",
     )
     assert code == 0
     results = json.loads((folder / "out/tokenizers/lossy/results.json").read_text(encoding="utf-8"))
@@ -263,7 +262,7 @@ def test_characters_that_are_lost_are_shown(lab: Lab, folder: Path) -> None:
         (("lab.max_chars=0",), "lab.max_chars", ""),
         (("lab.textz=[a.txt]",), "lab.textz", ""),
         (("lab.texts=[many.jsonl]",), "lab.group_by", "more than 64 groups"),
-        (("lab.texts=[empty.jsonl]",), "lab.texts", ""),
+        (("lab.texts=[empty.jsonl]",), "empty.jsonl", "holds no record"),
         (
             ("tokenizer.vocab_size=300,400", "tokenizer.pre_tokenizer=words"),
             "tokenizer.pre_tokenizer",

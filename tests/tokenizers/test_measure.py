@@ -131,6 +131,7 @@ def test_spaces_left_out_of_the_offsets_belong_to_the_token_behind_them() -> Non
     assert pieces(tokenizer, "the the") == [("the", 1), (" the", 1)]
 
 
+@pytest.mark.slow
 def test_real_sentencepiece_tokens_join_to_the_text(real_data: Any) -> None:
     from lmlab.tokenizers import load_tokenizer
 
