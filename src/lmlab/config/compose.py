@@ -193,7 +193,7 @@ def _all_wrong(error: BaseException, flags: Any, config_name: str, own: str) -> 
         except (HydraException, OmegaConfBaseException) as next_error:
             error = next_error
             continue
-        _, more = validate(OmegaConf.masked_copy(composed, [key for key in composed if key != own]))
+        _, more = validate(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != own]))
         return combined([*problems, *more] or [_unknown_word(composed, _key_of(forced[0]))])
 
 

@@ -94,7 +94,7 @@ def _draw_sizes(axes: Axes, panel: SizePanel) -> None:
 
     sizes = sorted({size for points in panel.lines.values() for size, _ in points})
     for place, (family, points) in enumerate(panel.lines.items()):
-        look = (
+        look: dict[str, Any] = (
             {"color": plots.LINES[place]}
             if place < len(plots.LINES)
             else {"color": plots.MUTED, "alpha": 0.5}
