@@ -16,11 +16,11 @@ from typing import Any
 
 from lmlab.config.errors import UNKNOWN_KEY, combined, hydra_error, unknown_key, validation_problems
 from lmlab.config.plaintext import refuse_secrets, without_secrets
+from lmlab.config.shorthand import CONF, named_optimizer, own_sampler_by_name
 from lmlab.journal import RunDir, beside
 from lmlab.records import RunFailedError, UserError
 from lmlab.registry import load_plugins, suggest
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
 NO_EFFECT_ON_RESULT = (
     "run_name",
     "output_root",
@@ -284,7 +284,7 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
     if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
         load_plugins(plugins)
     refuse_secrets(values)
-    values = _own_sampler_by_name(_named_optimizer(values))
+    values = own_sampler_by_name(named_optimizer(values))
     model = run_config_class()
     try:
         config = model.model_validate(values)
@@ -294,44 +294,6 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
     refuse_secrets(config.model_dump(mode="json"), by_key=False)
     problems = list(broken_rules(config))
     return (None if problems else config), problems
-
-
-def _named_optimizer(values: dict[str, Any]) -> dict[str, Any]:
-    """``optim.name=sgd`` is as good as ``optim=sgd``: fields the named optimizer lacks go, those it needs come from its YAML."""
-    from omegaconf import OmegaConf
-
-    from lmlab import registry
-
-    given = values.get("optim")
-    if not isinstance(given, dict) or given.get("name") not in registry.optimizers.names():
-        return values
-    fields = registry.optimizers.class_of(given["name"]).model_fields
-    file = CONF / "optim" / f"{given['name']}.yaml"
-    usual = values_of_defaults("optim")
-    foreign = [key for key in given if key not in fields and given[key] == usual.get(key)]
-    if not foreign or not file.is_file():
-        return values
-    own: Any = OmegaConf.to_container(OmegaConf.load(file))
-    kept = {key: value for key, value in given.items() if key not in foreign}
-    return {**values, "optim": {**own, **kept}}
-
-
-def _own_sampler_by_name(values: dict[str, Any]) -> dict[str, Any]:
-    """The run's sampler under its kind beside the named ones, so that `samples.grid` may name a plugin's without more."""
-    own, named = values.get("sampler"), values.get("samplers")
-    if not (isinstance(own, dict) and isinstance(own.get("kind"), str) and isinstance(named, dict)):
-        return values
-    return {**values, "samplers": {own["kind"]: own, **named}}
-
-
-def values_of_defaults(group: str) -> dict[str, Any]:
-    """The YAML of a group's default option, as train.yaml names it."""
-    from omegaconf import OmegaConf
-
-    defaults: Any = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml"), resolve=False)
-    option = next(d[group] for d in defaults["defaults"] if isinstance(d, dict) and group in d)
-    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-    return content
 
 
 def _plain(composed: Any) -> dict[Any, Any]:
