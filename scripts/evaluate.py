@@ -112,17 +112,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     from lmlab.evaluate import Asked, Suites, chosen_sampler, evaluate
     from lmlab.evaluation.table import show, with_differences
     from lmlab.measured import DataChoice
-    from lmlab.plugged import samplers_of
     from lmlab.variants import Variant
 
     of_data, of_sampler = _settings(options)
     choices = tuple(
         DataChoice.of(given, settings=of_data, task=options.task, side=options.side) for given in options.data
     )
-    further: dict[str, dict[str, Any]] = {}
+    further = _further_samplers(options)
     if options.sampler is not None:  # of a run's own sampler nothing is known yet
-        for model in reversed(options.models):  # of two with one name the first model's counts
-            further |= samplers_of(model, wanted=[options.sampler])
         chosen_sampler(options.sampler, of_sampler, {}, also=further)
     words = options.compare.split(",") if options.compare else [""]
     variants = [
@@ -169,6 +166,16 @@ def _evaluate(options: argparse.Namespace) -> int:
         if options.out:
             print(f"written: {options.out}")
     return 0
+
+
+def _further_samplers(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Those in the configs of the runs, should ``--sampler`` be none of conf/sampler; of two with one name the first model's."""
+    from lmlab.plugged import samplers_of
+
+    found: dict[str, dict[str, Any]] = {}
+    for model in reversed(options.models):
+        found |= samplers_of(model, wanted=[options.sampler])
+    return found
 
 
 def _check(options: argparse.Namespace) -> None:
