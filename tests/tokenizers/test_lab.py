@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from lmlab.config.compose import run_app
+from lmlab.config.compose import compose_config, run_app
 from lmlab.tokenizer_lab.compare import train_command
-from lmlab.tokenizer_lab.options import LAB
+from lmlab.tokenizer_lab.options import LAB, LabConfig
+from lmlab.tokenizer_lab.texts import held_out_groups
 from lmlab.tokenizers import load_tokenizer
 from lmlab.tracking import tokenizer_page
 
@@ -218,6 +219,23 @@ def test_without_texts_the_validation_side_is_measured(lab: Lab, folder: Path) -
     code, _, err = lab("tokenizer.vocab_size=270,280", "run_name=val")
     assert code == 2
     assert "already exists" in err
+
+
+def test_a_mix_is_measured_by_source_and_field(folder: Path) -> None:
+    rows = [{"lang": lang, "text": f"{lang} {i}"} for lang in ("eng", "fra") for i in range(60)]
+    (folder / "langs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sources = f"data.sources=[{{kind: text, path: {folder}/train.txt, weight: 1}}, {{path: {folder}/langs.jsonl, weight: 1}}]"
+    lab = LabConfig(
+        texts=[], group_by=["lang"], against=[], hidden_size=None, max_chars=10_000, excerpt_chars=0
+    )
+    config = compose_config(["task=pretrain", "data=mix", sources, "data.val_fraction=0.2"])
+    groups, notes = held_out_groups(lab, [config, config], compose_config)
+    assert set(groups) == {"train (validation)", "langs: eng (validation)", "langs: fra (validation)"}
+    assert all(text.startswith("fra ") for text in groups["langs: fra (validation)"])
+    assert 0 < len(groups["langs: eng (validation)"]) < 40
+    assert notes == ["measured on the validation side of data, which no tokenizer was trained on"]
+    named, _ = held_out_groups(lab.model_copy(update={"texts": ["skills"]}), [config], compose_config)
+    assert list(named) == ["skills"]
 
 
 @pytest.mark.slow

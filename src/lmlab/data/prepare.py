@@ -322,11 +322,11 @@ def _check_columns(config: DataConfig, format_name: str, plan: SplitPlan) -> Non
 
 def training_texts(config: DataConfig, *, task: str) -> Iterator[str]:
     """The texts of the training side, for training a tokenizer that never sees the others."""
-    return side_texts(config, task=task, side="train")
+    return (text for _, text in side_texts(config, task=task, side="train"))
 
 
-def side_texts(config: DataConfig, *, task: str, side: str) -> Iterator[str]:
-    """The texts of one side: ``train``, ``val`` or ``test``."""
+def side_texts(config: DataConfig, *, task: str, side: str) -> Iterator[tuple[Record, str]]:
+    """The records of one side (``train``, ``val`` or ``test``) with the texts they become."""
     if isinstance(config, MixData):
         for _, _, part in config.parts():
             yield from side_texts(part, task=task, side=side)
@@ -340,7 +340,7 @@ def side_texts(config: DataConfig, *, task: str, side: str) -> Iterator[str]:
         if of_side != side:
             continue
         try:
-            yield "".join(segment.text for segment in format(record, options).segments)
+            yield record, "".join(segment.text for segment in format(record, options).segments)
         except BadRecordError as error:
             intake.bad(error.reason, where=record.where, detail=error.detail)
 

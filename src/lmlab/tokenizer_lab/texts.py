@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ def held_out_groups(
             f"{path} is among the training text of these tokenizers" for path in _trained_on(lab, configs)
         ]
     else:
-        for name, text in _validation_texts(configs):
+        for name, text in _validation_texts(configs, lab.group_by):
             groups.add(name, text)
         notes.append("measured on the validation side of data, which no tokenizer was trained on")
     if not groups.texts:
@@ -91,7 +91,8 @@ def _given_texts(
     own = Path(given).name.split(".")[0] or given
     if (CONF / "data" / f"{given}.yaml").is_file() and not Path(given).exists():
         config = compose(["task=pretrain", f"data={given}"])
-        yield from ((own, text) for text in side_texts(config.data, task=config.task, side="val"))
+        for record, text in side_texts(config.data, task=config.task, side="val"):
+            yield _group(own, record.fields, group_by, alone=alone), text
         return
     try:
         files = find_files(given)
@@ -100,8 +101,13 @@ def _given_texts(
     kind = "text" if all(data_suffix(file) in TEXT_SUFFIXES for file in files) else "jsonl"
     config = compose(["task=pretrain", f"data={kind}", "data.path=x"])
     for fields, text in _texts(config.data.model_copy(update={"path": given})):
-        value = next((fields[key] for key in group_by if isinstance(fields.get(key), str)), None)
-        yield (own if value is None else value if alone else f"{own}: {value}"), text
+        yield _group(own, fields, group_by, alone=alone), text
+
+
+def _group(own: str, fields: Mapping[str, Any], group_by: Sequence[str], *, alone: bool) -> str:
+    """The record's value of the first of ``group_by`` that it has, else its source; both if there are several sources."""
+    value = next((fields[key] for key in group_by if isinstance(fields.get(key), str)), None)
+    return own if value is None else str(value) if alone else f"{own}: {value}"
 
 
 def _texts(config: DataConfig) -> Iterator[tuple[dict[str, Any], str]]:
@@ -120,15 +126,20 @@ def _turns(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 
-def _validation_texts(configs: Sequence[RunConfig]) -> Iterator[tuple[str, str]]:
-    """(group, text) of the validation sides; a mix has a group for each of its sources."""
+def _validation_texts(configs: Sequence[RunConfig], group_by: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(group, text) of the validation sides; a mix has a group for each of its sources at least."""
     distinct = {(config.task, config.data.model_dump_json()): config for config in configs}
-    for config in distinct.values():
-        data = config.data
-        parts = [(n, p) for n, _, p in data.parts()] if isinstance(data, MixData) else [(_short(data), data)]
-        for name, part in parts:
-            for text in side_texts(part, task=config.task, side="val"):
-                yield f"{name} (validation)", text
+    sources = [(config.task, *source) for config in distinct.values() for source in _sources(config.data)]
+    for task, name, data in sources:
+        for record, text in side_texts(data, task=task, side="val"):
+            group = _group(name, record.fields, group_by, alone=len(sources) == 1)
+            yield f"{group} (validation)", text
+
+
+def _sources(data: DataConfig) -> list[tuple[str, DataConfig]]:
+    if isinstance(data, MixData):
+        return [(name, part) for name, _, part in data.parts()]
+    return [(_short(data), data)]
 
 
 def _short(data: DataConfig) -> str:
