@@ -5,21 +5,17 @@ All of it is made from one plain object (what results.json holds), so the page c
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup
-
 from lmlab.journal import write_json
 from lmlab.tracking import plots
 from lmlab.tracking.figure_table import print_figures
-from lmlab.tracking.report import draw_all, templates, write_page
+from lmlab.tracking.pages import Shell, draw_all, templates, write_page
 from lmlab.tracking.transcript import print_words
 from lmlab.tracking.values import scaled
 
@@ -42,7 +38,6 @@ HEADINGS = (
     "used",
     "embedding",
 )
-SCRIPT = Path(__file__).parent / "sort.js"
 NONE = "–"
 LONGEST_WORD = 15
 """Characters a word has on average, at most, where words are words: without spaces between them they are phrases."""
@@ -151,7 +146,6 @@ def rows_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def render(results: Mapping[str, Any]) -> str:
     """The page as one string, with nothing outside of it."""
     made = [each for each in results["tokenizers"] if "total" in each]
-    script = SCRIPT.read_text(encoding="utf-8").strip()
     groups = list(results["groups"])
     drawn, undrawn = draw_all(size_panels(made), _draw)
     return templates().get_template("tokenizers.html.jinja").render(
@@ -167,8 +161,7 @@ def render(results: Mapping[str, Any]) -> str:
         lossy=[(each["label"], group, found) for each in made for group, found in each["groups"].items()
                if found["exact"] < found["texts"]],
         sweep=sweep_command(made),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        shell=Shell(),
         rate=rate, percent=percent, scaled=scaled,
     )  # fmt: skip
 
