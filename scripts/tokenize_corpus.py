@@ -20,6 +20,7 @@ from lmlab.records import RunFailedError, UserError
 if TYPE_CHECKING:
     from lmlab.data.corpus import StartTeam
     from lmlab.data.crew import Progress
+    from lmlab.data.store import StorageProbe
     from lmlab.data.units import CorpusEncoder
 
 SIGTERM_EXIT, INTERRUPT_EXIT = 143, 130
@@ -118,7 +119,7 @@ def _tokenize(options: argparse.Namespace) -> int:
 
 def _team(options: argparse.Namespace) -> StartTeam:
     """Who does the work."""
-    from lmlab.data.corpus import StorageProbe, local_team
+    from lmlab.data.corpus import local_team
     from lmlab.data.ray_crew import RayCrew
 
     if options.ray is None:

@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pytest
 
-from lmlab.data.corpus import StorageProbe, build_corpus
+from lmlab.data.corpus import build_corpus
 from lmlab.data.crew import Tick
 from lmlab.data.files import find_files
 from lmlab.data.ray_crew import RayCrew
-from lmlab.data.store import FolderStore
+from lmlab.data.store import FolderStore, StorageProbe
 from lmlab.records import RunFailedError, UserError
 from tests.data.test_corpus import OPTIONS, ByteEncoder, contents
 from tests.object_store import free_port

@@ -16,7 +16,6 @@ trace: the bytes are the same for any number of them, processes of this machine 
 from __future__ import annotations
 
 import contextlib
-import platform
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ import numpy as np
 from lmlab.data.crew import Crew, Progress, Team
 from lmlab.data.documents import Part, plan_units
 from lmlab.data.shards import INDEX, ShardWriter, write_index
-from lmlab.data.store import Store, store_at
+from lmlab.data.store import StorageProbe, Store, store_at
 from lmlab.data.units import (
     UNITS,
     CorpusEncoder,
@@ -97,45 +96,6 @@ class CorpusIndex:
             ) from error
 
 
-@dataclass(frozen=True)
-class StorageProbe:
-    """Whether the machine that calls it reads the input and writes to the same place as the one that made it.
-
-    Attributes:
-        files: (path, bytes) of some input files.
-        name: of a file in the store that only its maker knows.
-    """
-
-    store: Store
-    files: tuple[tuple[str, int], ...]
-    name: str
-
-    def __call__(self) -> None:
-        """Raises `UserError` with what this machine cannot do."""
-        fix = "put the input, and --to unless it is a URL, on storage that all nodes have at the same path"
-        for name, size in self.files:
-            try:
-                found = Path(name).stat().st_size
-                with Path(name).open("rb") as stream:
-                    stream.read(1)
-            except OSError as error:
-                what = f"a worker on {platform.node()} cannot read the input: {error.strerror or error}"
-                raise UserError(what, where=name, fix=fix) from error
-            if found != size:
-                what = f"a worker on {platform.node()} sees {found:,} bytes of an input of {size:,}"
-                raise UserError(what, where=name, fix=fix)
-        if self.store.size(self.name) is None:
-            what = f"a worker on {platform.node()} does not see what is written here"
-            raise UserError(what, where=str(self.store), fix=fix)
-        own = f"probe-{secrets.token_hex(8)}.tmp"
-        try:
-            self.store.write(own, {})
-            self.store.remove(own)
-        except OSError as error:
-            what = f"a worker on {platform.node()} cannot write the output: {error.strerror or error}"
-            raise UserError(what, where=str(self.store), fix=fix) from error
-
-
 StartTeam = Callable[[CorpusEncoder, int, Progress, StorageProbe], AbstractContextManager[Team[Any]]]
 """Makes the workers: (encoder, at most so many, progress, what each has to show first where it runs elsewhere)."""
 
@@ -175,16 +135,7 @@ def build_corpus(
         UserError: nothing to encode, a bad record, or a place of other settings, input or tokenizer.
         RunFailedError: a worker died, or the disk is full; what is finished stays.
     """
-    if encoder.eos_token_id is None:
-        fix = "set eos_token in its tokenizer_config.json"
-        raise UserError("the tokenizer has no end-of-text token", where="--tokenizer", fix=fix)
-    plan = {
-        "format": FORMAT,
-        "tokenizer_hash": tokenizer_hash,
-        "vocab_size": encoder.vocab_size,
-        "eos_token_id": encoder.eos_token_id,
-        "settings": asdict(options),
-    }
+    plan = _begun_plan(encoder, options, tokenizer_hash)
     store = store_at(place)
     with _opened(store, overwrite=overwrite):
         kept = store.read(INDEX) or store.read(PLAN)
@@ -207,17 +158,25 @@ def build_corpus(
                 with store.staged() as folder:
                     save_tokenizer(folder / "tokenizer")
                 jobs = _jobs(units, facts, store, options)
-                open_jobs = [
-                    job
-                    for job, note in zip(jobs, _finished(store, jobs, verify=verify), strict=True)
-                    if not note
-                ]
-                total, left = (sum(job.num_bytes for job in each) for each in (jobs, open_jobs))
-                crew.run("encode", encode_unit, open_jobs, total=total, done=total - left)
+                _encode(store, jobs, crew, verify=verify)
                 _finish(store, plan, jobs, encoder)
     store.remove(UNITS, PLAN)
     store.drop_leftovers()
     return CorpusIndex.load(place)
+
+
+def _begun_plan(encoder: CorpusEncoder, options: CorpusOptions, tokenizer_hash: str) -> dict[str, Any]:
+    """What has to be the same for a run to go on with another's work; the sources follow when they are hashed."""
+    if encoder.eos_token_id is None:
+        fix = "set eos_token in its tokenizer_config.json"
+        raise UserError("the tokenizer has no end-of-text token", where="--tokenizer", fix=fix)
+    return {
+        "format": FORMAT,
+        "tokenizer_hash": tokenizer_hash,
+        "vocab_size": encoder.vocab_size,
+        "eos_token_id": encoder.eos_token_id,
+        "settings": asdict(options),
+    }
 
 
 @contextlib.contextmanager
@@ -320,6 +279,14 @@ def _jobs(
         for number, (unit, about) in enumerate(zip(units, facts, strict=True))
         if about.documents or about.read
     ]
+
+
+def _encode(store: Store, jobs: list[UnitJob], crew: Team[Any], *, verify: bool) -> None:
+    """Those that are not done yet."""
+    notes = _finished(store, jobs, verify=verify)
+    left = [job for job, note in zip(jobs, notes, strict=True) if not note]
+    total, open_bytes = (sum(job.num_bytes for job in each) for each in (jobs, left))
+    crew.run("encode", encode_unit, left, total=total, done=total - open_bytes)
 
 
 def _cut(only: UnitFacts, val_fraction: float) -> int:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 import tempfile
@@ -242,3 +243,42 @@ def _flocked(lock: int, store: Store) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+@dataclass(frozen=True)
+class StorageProbe:
+    """Whether the machine that calls it reads the input and writes to the same place as the one that made it.
+
+    Attributes:
+        files: (path, bytes) of some input files.
+        name: of a file in the store that only its maker knows.
+    """
+
+    store: Store
+    files: tuple[tuple[str, int], ...]
+    name: str
+
+    def __call__(self) -> None:
+        """Raises `UserError` with what this machine cannot do."""
+        fix = "put the input, and --to unless it is a URL, on storage that all nodes have at the same path"
+        for name, size in self.files:
+            try:
+                found = Path(name).stat().st_size
+                with Path(name).open("rb") as stream:
+                    stream.read(1)
+            except OSError as error:
+                what = f"a worker on {platform.node()} cannot read the input: {error.strerror or error}"
+                raise UserError(what, where=name, fix=fix) from error
+            if found != size:
+                what = f"a worker on {platform.node()} sees {found:,} bytes of an input of {size:,}"
+                raise UserError(what, where=name, fix=fix)
+        if self.store.size(self.name) is None:
+            what = f"a worker on {platform.node()} does not see what is written here"
+            raise UserError(what, where=str(self.store), fix=fix)
+        own = f"probe-{secrets.token_hex(8)}.tmp"
+        try:
+            self.store.write(own, {})
+            self.store.remove(own)
+        except OSError as error:
+            what = f"a worker on {platform.node()} cannot write the output: {error.strerror or error}"
+            raise UserError(what, where=str(self.store), fix=fix) from error
