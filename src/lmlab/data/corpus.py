@@ -140,6 +140,7 @@ def build_corpus(
     with _opened(store, overwrite=overwrite):
         kept = store.read(INDEX) or store.read(PLAN)
         _refuse_other(kept, plan, store)
+        store.drop_leftovers()
         units = plan_units(files, shard_bytes=options.shard_bytes)
         with (
             _probe(store, files) as probe,
@@ -154,7 +155,6 @@ def build_corpus(
             _refuse_other(kept, plan, store)
             if store.size(INDEX) is None:
                 store.write(PLAN, plan)
-                store.drop_leftovers()
                 with store.staged() as folder:
                     save_tokenizer(folder / "tokenizer")
                 jobs = _jobs(units, facts, store, options)
