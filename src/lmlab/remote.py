@@ -111,7 +111,8 @@ class Remote:
             )
             raise UserError(f"no access: {said}", where=self.url, fix=fix) from error
         if isinstance(error, ValueError) and "rotocol" in said:
-            raise UserError(f"{said}", where=self.url, fix="use s3:// or a local path") from error
+            what = f"no such kind of URL: {said}"
+            raise UserError(what, where=self.url, fix="use s3:// or a local path") from error
         known = isinstance(error, OSError | TimeoutError)
         if not known and type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
             raise error

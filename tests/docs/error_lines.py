@@ -31,7 +31,7 @@ DEPTH = 4
 
 SECTIONS = (  # title, what begins with: paths below src/lmlab, and scripts
     ("Command line and config", ("config/", "start.py", "records.py", "registry.py", "runs.py")),
-    ("Data", ("data/", "scripts/tokenize_corpus")),
+    ("Data", ("data/", "remote.py", "scripts/tokenize_corpus")),
     ("Tokenizer", ("tokenizers/", "tokenizer_lab/", "scripts/train_tokenizer")),
     ("Model, hub and adapters", ("models/", "load.py", "assemble.py")),
     ("Memory", ("planning.py", "scripts/plan")),

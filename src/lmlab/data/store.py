@@ -26,7 +26,6 @@ from lmlab.data.readers import raw_pieces
 from lmlab.records import UserError
 from lmlab.remote import Remote, copy_of, is_url, without_file_scheme
 
-BUSY = ("another process is writing this corpus", "wait for it, or choose another --to")
 RANGE_BYTES = 8 * 2**20
 AT_ONCE = 16
 """Small files read side by side."""
@@ -239,7 +238,8 @@ def _flocked(lock: int, store: Store) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(BUSY[0], where=str(store), fix=BUSY[1]) from error
+            fix = "wait for it, or choose another --to"
+            raise UserError("another process is writing this corpus", where=str(store), fix=fix) from error
         yield
     finally:
         os.close(lock)
