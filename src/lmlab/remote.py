@@ -138,12 +138,21 @@ class Remote:
 
     def write(self, content: bytes) -> None:
         """Replace the file as a whole."""
-        self.ask(lambda fs, path: fs.pipe_file(path, content))
+        self._send(lambda fs, path: fs.pipe_file(path, content))
 
     def put(self, file: Path) -> None:
         """Replace the file by a local one."""
         parts = {"chunksize": RANGE_BYTES * 2, "max_concurrency": 4} if self._is_s3 else {}
-        self.ask(lambda fs, path: fs.put_file(str(file), path, **parts))
+        self._send(lambda fs, path: fs.put_file(str(file), path, **parts))
+
+    def _send(self, call: Callable[[Any, str], object]) -> None:
+        try:
+            self.ask(call)
+        except FileNotFoundError as error:
+            what = f"nowhere to write to: {error}"
+            raise UserError(
+                what, where=self.url, fix="make the bucket first, or check AWS_ENDPOINT_URL"
+            ) from error
 
     def remove(self) -> None:
         """Remove the file, or all files below, if there are any."""

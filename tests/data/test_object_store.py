@@ -152,6 +152,22 @@ def test_text_is_read_from_s3(s3: str, source: Path, make_config: Make) -> None:
         make_config("shards", path="s3://lab/nowhere").content_key()
 
 
+def test_a_missing_bucket_and_a_busy_place_are_said(
+    s3: str, build: Callable[..., CorpusIndex], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"nowhere to write to: .*make the bucket first"):
+        build("s3://nobucket/corpus")
+    Remote(f"{s3}/mine.txt").write(b"mine")
+    with pytest.raises(UserError, match=rf"not empty, and no corpus \({s3}\)"):
+        build(s3)
+
+    def again(stage: str, done: int, total: int) -> None:
+        build(f"{s3}-busy")
+
+    with pytest.raises(UserError, match="another process is writing this corpus"):
+        build(f"{s3}-busy", progress=again)
+
+
 def test_file_urls_are_paths(build: Callable[..., CorpusIndex], tmp_path: Path, make_config: Make) -> None:
     build(f"file://{tmp_path}/corpus")
     assert Shards(tmp_path / "corpus/train").num_documents > 1

@@ -99,6 +99,7 @@ def fetch_shards(path: str) -> None:
             for each in running:
                 each.result()
         except BaseException:
+            loaded.is_stopped = True
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -114,8 +115,11 @@ class _Loaded:
 
     def __init__(self, url: str, total: int) -> None:
         self.url, self.total, self.done, self.told = url, total, 0, time.monotonic()
+        self.is_stopped = False
 
     def __call__(self, count: int) -> None:
+        if self.is_stopped:  # the loads at work end here, each with what it has
+            raise InterruptedError("another file failed, or Ctrl-C")
         self.done += count
         if time.monotonic() - self.told > SAY_SECONDS:
             self.told = time.monotonic()
