@@ -79,6 +79,7 @@ def rows(prepared: Any, side: str) -> list[list[int]]:
     return [found[index].input_ids.tolist() for index in range(len(found))]
 
 
+@pytest.mark.slow
 def test_a_corpus_goes_to_s3_and_trains_from_there(
     s3: str, build: Callable[..., CorpusIndex], tmp_path: Path, make_config: Make, encoder: TextEncoder
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_corpus_goes_to_s3_and_trains_from_there(
     assert SECRET.encode() not in b"".join(contents(remote.cache_root()).values())
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_said_and_a_vanished_network_too(
     s3: str,
     server: ObjectServer,
@@ -135,6 +137,7 @@ def test_a_damaged_shard_is_said_and_a_vanished_network_too(
         prepare(config, encoder, task="pretrain")
 
 
+@pytest.mark.slow
 def test_text_is_read_from_s3(s3: str, source: Path, make_config: Make) -> None:
     Remote(f"{s3}/deep/rows.jsonl").put(source)
     Remote(f"{s3}/notes.bin").write(b"not for us")
@@ -152,6 +155,7 @@ def test_text_is_read_from_s3(s3: str, source: Path, make_config: Make) -> None:
         make_config("shards", path="s3://lab/nowhere").content_key()
 
 
+@pytest.mark.slow
 def test_a_missing_bucket_and_a_busy_place_are_said(
     s3: str, build: Callable[..., CorpusIndex], tmp_path: Path
 ) -> None:
