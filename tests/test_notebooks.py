@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
-CHAPTERS = ("tokenizers", "lora_qlora", "sampling")
+CHAPTERS = ("pretraining", "tokenizers", "lora_qlora", "sampling")
 QUICK = ("sampling",)
 
 
