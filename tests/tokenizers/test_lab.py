@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from lmlab.config.compose import compose_config, run_app
+from lmlab.data.prepare import training_texts
 from lmlab.tokenizer_lab.compare import train_command
 from lmlab.tokenizer_lab.options import LAB, LabConfig
 from lmlab.tokenizer_lab.texts import held_out_groups
@@ -234,8 +235,19 @@ def test_a_mix_is_measured_by_source_and_field(folder: Path) -> None:
     assert all(text.startswith("fra ") for text in groups["langs: fra (validation)"])
     assert 0 < len(groups["langs: eng (validation)"]) < 40
     assert notes == ["measured on the validation side of data, which no tokenizer was trained on"]
-    named, _ = held_out_groups(lab.model_copy(update={"texts": ["skills"]}), [config], compose_config)
-    assert list(named) == ["skills"]
+
+
+@pytest.mark.slow
+def test_a_named_data_set_is_measured_on_its_validation_side() -> None:
+    lab = LabConfig(
+        texts=["skills"], group_by=[], against=[], hidden_size=None, max_chars=10_000, excerpt_chars=0
+    )
+    config = compose_config(["task=pretrain", "data=skills"])
+    groups, _ = held_out_groups(lab, [config], compose_config)
+    training = set(training_texts(config.data, task="pretrain"))
+    assert list(groups) == ["skills"]
+    assert len(groups["skills"]) > 20
+    assert not training & set(groups["skills"][:-1])  # the last one is cut at max_chars
 
 
 @pytest.mark.slow
