@@ -18,11 +18,12 @@ def defined(tree: ast.Module, name: str) -> bool:
     """Whether ``function``, ``Class`` or ``Class.method`` is defined at the top of the module."""
     body: list[ast.stmt] = tree.body
     for part in name.split("."):
-        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        found = next((node for node in body if isinstance(node, kinds) and node.name == part), None)
-        if found is None:
+        there = [
+            node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == part
+        ]
+        if not there:
             return False
-        body = found.body
+        body = there[0].body
     return True
 
 
