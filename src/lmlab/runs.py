@@ -31,7 +31,7 @@ def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> RunFiles:
 
     Args:
         overrides: as on the command line, ``["adapter=lora", "trainer.max_steps=100"]``.
-        quiet: print nothing on stdout; warnings and errors still come on stderr.
+        quiet: print nothing on stdout (it still stands in the run's console.log); errors come on stderr as ever.
 
     Returns:
         The run's files; ``directory`` is what `lmlab.load.load_for_use` and ``model.name_or_path`` take.
