@@ -75,7 +75,7 @@ def held_out_groups(
     else:
         for name, text in _validation_texts(configs, lab.group_by):
             groups.add(name, text)
-        notes.append("measured on the validation side of data, which no tokenizer was trained on")
+        notes.append("measured on the validation side of data, which no tokenizer trained here has seen")
     if not groups.texts:
         raise UserError("no held-out text", where="lab.texts", fix="give files with text in them")
     if groups.cut:
