@@ -39,6 +39,8 @@ LAYERS = [  # design.md section 2, bottom up; a row's members never import one a
         "resume",
         "planning",
         "plugged",
+        "presets",
+        "fitting",
         "ranks",
         "reproduce",
         "runs",

@@ -200,7 +200,7 @@ def run_rank(run: RunDir, config: RunConfig, *, started: float = STARTED) -> int
         if _out_of_memory(error):
             with contextlib.suppress(OSError):  # on a full disk too the line below is what counts
                 run.out_of_memory.touch()
-            from lmlab.planning import out_of_memory
+            from lmlab.fitting import out_of_memory
 
             print(f"error: out of memory: {out_of_memory(config, session.meter)}", file=sys.stderr)
         else:

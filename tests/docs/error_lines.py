@@ -34,7 +34,7 @@ SECTIONS = (  # title, what begins with: paths below src/lmlab, and scripts
     ("Data", ("data/", "remote.py", "scripts/tokenize_corpus")),
     ("Tokenizer", ("tokenizers/", "tokenizer_lab/", "scripts/train_tokenizer")),
     ("Model, hub and adapters", ("models/", "load.py", "assemble.py")),
-    ("Memory", ("planning.py", "scripts/plan")),
+    ("Memory", ("planning.py", "fitting.py", "presets.py", "scripts/plan")),
     ("Training", ("training/", "session.py", "worker.py", "announce.py", "lines.py")),
     ("The run's directory and resume", ("journal.py", "resume.py")),
     ("Several processes and nodes", ("ranks.py",)),

@@ -84,6 +84,7 @@ ONLY_READ = (
     OnlyRead(r"^(torchrun|srun|sbatch)\b|trainer\.num_nodes=|SLURM", "needs several machines; tests/integration/test_nodes.py has two groups of processes on this one"),
     OnlyRead(r"trainer\.devices=[3-9]|strategy=fsdp", "needs GPUs; tests/training/test_sharding.py shares two processes"),
     OnlyRead(r"trainer=(gpu|fsdp|ddp)|launcher=slurm|accelerator=gpu|experiment=\w*(gb|gpu)\w*", "needs a GPU or a cluster; tests/**/*gpu*.py run there"),
+    OnlyRead(r"plan\.py --table|experiment=nodes_64|model=(scratch/)?qwen3", "minutes, or the network; tests/config/test_presets.py composes and plans presets"),
     OnlyRead(r"benchmarks/", "takes minutes to hours; `make bench` runs them"),
     OnlyRead(r"(?<!if )--(web|serve)\b", "serves until it is stopped; tests/chat/test_page.py and the tests of tracking open the pages"),
     OnlyRead(r"scripts/workspace\.py|--wandb-artifact", "needs an account; tests/tracking/test_workspace.py has a server of its own"),
