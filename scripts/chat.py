@@ -33,11 +33,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _chat(options: argparse.Namespace) -> int:
     from lmlab.chat.choice import check_seed, chosen_sampler, further_adapters
+    from lmlab.plugged import samplers_of
 
     check_seed(options.seed, where="--seed")
     adapters = further_adapters(options.adapter)
     changes = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
-    chosen_sampler({}, options.sampler, changes)  # a wrong one is told before anything is loaded
+    further = samplers_of(options.model, wanted=[options.sampler])
+    chosen_sampler(
+        {}, options.sampler, changes, also=further
+    )  # a wrong one is told before anything is loaded
     if options.web:
         from lmlab.chat.page import free_port, require_gradio
 
@@ -51,7 +55,7 @@ def _chat(options: argparse.Namespace) -> int:
     )
     dialogue = Dialogue(usable)
     dialogue.check(adapter=options.use, system=options.system)
-    sampler = chosen_sampler(usable.sampler, options.sampler, changes)
+    sampler = chosen_sampler(usable.sampler, options.sampler, changes, also=further)
     if options.web:
         from lmlab.chat.page import serve
 

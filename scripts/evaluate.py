@@ -76,7 +76,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_answers(add: Callable[..., Any]) -> None:
     """What is generated, and how."""
-    add("--sampler", help="of the answers: a name in conf/sampler (default: the run's own, or greedy)")
+    add(
+        "--sampler",
+        help="of the answers: a name in conf/sampler or in the run's config (default: the run's own, or greedy)",
+    )
     add("--max-new-tokens", type=int, metavar="N", help="the same as --set sampler.max_new_tokens=N")
     add(
         "--answers",
@@ -115,8 +118,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     choices = tuple(
         DataChoice.of(given, settings=of_data, task=options.task, side=options.side) for given in options.data
     )
+    further = _further_samplers(options)
     if options.sampler is not None:  # of a run's own sampler nothing is known yet
-        chosen_sampler(options.sampler, of_sampler, {})
+        chosen_sampler(options.sampler, of_sampler, {}, also=further)
     words = options.compare.split(",") if options.compare else [""]
     variants = [
         Variant.parse(model, each.strip()) if each else Variant(model)
@@ -142,6 +146,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         sampler=options.sampler,
         sampler_settings=of_sampler,
+        further_samplers=further,
         answers=options.answers,
         seed=options.seed,
         suites=suites,
@@ -155,12 +160,22 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        from rich.console import Console
+        from lmlab.tracking.transcript import screen
 
-        show(Console(), rows)
+        show(screen(), rows)
         if options.out:
             print(f"written: {options.out}")
     return 0
+
+
+def _further_samplers(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Those in the configs of the runs, should ``--sampler`` be none of conf/sampler; of two with one name the first model's."""
+    from lmlab.plugged import samplers_of
+
+    found: dict[str, dict[str, Any]] = {}
+    for model in reversed(options.models):
+        found |= samplers_of(model, wanted=[options.sampler])
+    return found
 
 
 def _check(options: argparse.Namespace) -> None:

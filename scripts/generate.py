@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "--sampler",
         action="append",
         metavar="NAME",
-        help="a name of conf/sampler (default: the run's own); several: every prompt under each of them",
+        help="a name of conf/sampler or of the run's config (default: the run's own); several: every prompt under each of them",
     )
     for name, kind, help in (
         ("temperature", float, "divides the logits; 0: the most likely token"),
@@ -86,13 +86,15 @@ def _generate(options: argparse.Namespace) -> int:
     from lmlab.chat.choice import check_seed, chosen_sampler, further_adapters, using
     from lmlab.chat.prompts import read_prompts
     from lmlab.chat.writing import Output, full_prompts, write_texts
+    from lmlab.plugged import samplers_of
 
     _refuse(options)
     adapters = further_adapters(options.adapter)
     names, changes = options.sampler or [None], _changes(options)
+    further = samplers_of(options.model, wanted=names)
     if options.sampler:  # a wrong one is told before anything is loaded
         for name in names:
-            chosen_sampler({}, name, changes)
+            chosen_sampler({}, name, changes, also=further)
     asked = read_prompts(options.prompt, options.stdin or options.prompts_file)
     check_seed(options.seed, where="--seed", texts=len(asked))
     if options.out:
@@ -106,7 +108,7 @@ def _generate(options: argparse.Namespace) -> int:
         options.model, accelerator=options.accelerator, use_best=options.best, adapters=adapters
     )
     with using(usable, options.use) as view:
-        chosen = [chosen_sampler(view.sampler, name, changes) for name in names]
+        chosen = [chosen_sampler(view.sampler, name, changes, also=further) for name in names]
         full = full_prompts(view, asked, system=options.system, raw=options.raw)
         samplers = {name or own.kind: own for name, own in zip(names, chosen, strict=True)}
         rows = write_texts(

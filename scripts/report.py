@@ -2,6 +2,8 @@
 
 ``python scripts/report.py RUN`` writes the run's own report.html. Several runs, or a sweep's folder, are compared on one
 page: into the sweep's folder, or ``outputs/reports/<time>-<names>`` with a results.csv, or ``--to DIR``. Prints the path.
+``python scripts/report.py outputs`` lists all runs below a folder in its index.html; with ``--serve`` the list is served to
+this machine and follows the runs.
 """
 
 from __future__ import annotations
@@ -16,30 +18,70 @@ from pathlib import Path
 from lmlab.journal import slug
 from lmlab.records import UserError
 from lmlab.tracking.compare import write_comparison
+from lmlab.tracking.index import write_index
 from lmlab.tracking.report import is_run, write_report
 from lmlab.tracking.results import RESULTS, entries_of, rows_of, write_results
+from lmlab.tracking.runs import Reader
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="report", description="Write a run's report, or compare runs.")
+    parser = argparse.ArgumentParser(
+        prog="report.py", description="Write a run's report, compare runs, or list all of a folder."
+    )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run, e.g. outputs/sft/NAME, or a sweep's folder"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run, e.g. outputs/sft/NAME, a sweep's folder, or outputs",
     )
     parser.add_argument("--compare", action="store_true", help="the comparing page of a single run too")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the comparison goes")
     parser.add_argument("--baseline", metavar="LABEL", help="the group that others are compared with")
+    parser.add_argument(
+        "--index", action="store_true", help="the list of runs, also of a folder such as outputs/sft"
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="serve the list to this machine and follow the runs"
+    )
+    parser.add_argument("--port", type=int, default=7861, help="of --serve; 0 picks a free one")
     options = parser.parse_args(argv)
-    runs: list[Path] = options.runs
-    own = len(runs) == 1 and (is_run(runs[0]) or not _is_sweep(runs[0]))
     try:
-        if own and not (options.compare or options.to or options.baseline):
-            print(write_report(runs[0]))
-        else:
-            print(compare(runs, to=options.to, baseline=options.baseline))
+        return _report(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _report(options: argparse.Namespace) -> int:
+    runs: list[Path] = options.runs
+    compared = options.compare or options.to or options.baseline
+    if options.serve or options.index:
+        return _list(runs, compared=bool(compared), port=options.port if options.serve else None)
+    if len(runs) == 1 and not compared and (is_run(runs[0]) or not _is_sweep(runs[0])):
+        below = not is_run(runs[0]) and runs[0].is_dir() and Reader(runs[0]).read().all
+        print(write_index(runs[0]) if below else write_report(runs[0]))
+    else:
+        print(compare(runs, to=options.to, baseline=options.baseline))
     return 0
+
+
+def _list(folders: Sequence[Path], *, compared: bool, port: int | None) -> int:
+    how = "--index" if port is None else "--serve"
+    if compared or len(folders) != 1:
+        raise UserError(
+            "a list is of one folder, and compares nothing", where=how, fix=f"report.py outputs {how}"
+        )
+    folder = folders[0]
+    if is_run(folder) or not folder.is_dir():
+        what = "one run, not a folder of runs" if is_run(folder) else "no such directory"
+        raise UserError(what, where=str(folder), fix="give a folder that holds runs, e.g. outputs")
+    if port is None:
+        print(write_index(folder))
+        return 0
+    from lmlab.tracking.serve import serve
+
+    return serve(folder, port=port)
 
 
 def _is_sweep(path: Path) -> bool:

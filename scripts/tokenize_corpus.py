@@ -13,9 +13,15 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmlab.records import RunFailedError, UserError
+
+if TYPE_CHECKING:
+    from lmlab.data.corpus import StartTeam
+    from lmlab.data.crew import Progress
+    from lmlab.data.store import StorageProbe
+    from lmlab.data.units import CorpusEncoder
 
 SIGTERM_EXIT, INTERRUPT_EXIT = 143, 130
 PLAIN_SECONDS = 10.0
@@ -47,10 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tokenize_corpus.py", description=__doc__)
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders or globs")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="files, folders, globs or s3:// URLs of them"
+    )
     parser.add_argument("--tokenizer", required=True, help="a directory, a tokenizer.json or a hub name")
-    parser.add_argument("--to", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: CPUs)")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a folder or an s3:// URL")
+    parser.add_argument("--workers", type=int, help="processes (default: CPUs, of the cluster with --ray)")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="spread over a Ray cluster: auto, HOST:PORT, or local (here only)"
+    )
     parser.add_argument("--val-fraction", type=float, default=0.005, help="held out by a hash of the text")
     parser.add_argument("--columns", default="text=text", metavar="text=NAME", help="the field with the text")
     parser.add_argument("--shard-mb", type=float, default=64, help="megabytes of input per shard, at most")
@@ -64,15 +75,15 @@ def _parser() -> argparse.ArgumentParser:
 def _tokenize(options: argparse.Namespace) -> int:
     from lmlab.data.corpus import CorpusOptions, build_corpus
     from lmlab.data.files import find_files
+    from lmlab.remote import is_url, without_file_scheme
 
     _check(options)
     files = [file for pattern in options.paths for file in find_files(pattern)]
-    made = options.to.resolve()  # what is written there is no input, wherever it lies
-    files = [file for file in files if made not in file.resolve().parents]
+    if not is_url(options.to):
+        made = Path(without_file_scheme(options.to)).resolve()  # what is written there is no input
+        files = [file for file in files if made not in file.resolve().parents]
     if not files:
-        raise UserError(
-            "no data file but what was written here", where=str(options.to), fix="give other files"
-        )
+        raise UserError("no data file but what was written here", where=options.to, fix="give other files")
     settings = CorpusOptions(
         val_fraction=options.val_fraction,
         column=options.columns.partition("=")[2],
@@ -96,13 +107,28 @@ def _tokenize(options: argparse.Namespace) -> int:
             settings,
             tokenizer_hash=tokenizer_hash(tokenizer, with_chat=False),
             save_tokenizer=tokenizer.save_pretrained,
-            workers=options.workers,
+            workers=options.workers or (sys.maxsize if options.ray else os.cpu_count() or 1),
+            team=_team(options),
             overwrite=options.overwrite,
             verify=options.verify,
             progress=progress,
         )
     _tell(index.report, options.to, seconds=time.monotonic() - began, encoded=progress.encoded)
     return 0
+
+
+def _team(options: argparse.Namespace) -> StartTeam:
+    """Who does the work."""
+    from lmlab.data.corpus import local_team
+    from lmlab.data.ray_crew import RayCrew
+
+    if options.ray is None:
+        return local_team
+
+    def on_ray(encoder: CorpusEncoder, workers: int, progress: Progress, probe: StorageProbe) -> RayCrew:
+        return RayCrew(encoder, workers, progress, address=options.ray, probe=probe, cpus=options.workers)
+
+    return on_ray
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -112,7 +138,13 @@ def _check(options: argparse.Namespace) -> None:
         UserError: the first of them.
     """
     for name, ok, fix in (
-        ("workers", options.workers >= 1, "at least 1"),
+        ("workers", options.workers is None or options.workers >= 1, "at least 1"),
+        (
+            "to",
+            not options.to.startswith("memory:"),
+            "a folder or an s3:// URL: memory ends with the command",
+        ),
+        ("ray", options.ray is None or options.ray.strip() != "", "auto, local or HOST:PORT"),
         ("val-fraction", 0 < options.val_fraction < 1, "between 0 and 1"),
         ("shard-mb", options.shard_mb > 0, "above 0"),
         ("limit-documents", options.limit_documents is None or options.limit_documents >= 1, "at least 1"),
@@ -134,7 +166,7 @@ def _in_our_words(error: UserError) -> UserError:
     return UserError(error.what, where=where, fix=fix)
 
 
-def _tell(report: dict[str, Any], folder: Path, *, seconds: float, encoded: int) -> None:
+def _tell(report: dict[str, Any], place: str, *, seconds: float, encoded: int) -> None:
     size = sum(report[split]["supervised_bytes"] for split in ("train", "val"))
     rate = f", {encoded / 1e6 / seconds:.1f} MB/s" if encoded else " (all of it was there)"
     dropped = ", ".join(f"{reason}: {count}" for reason, count in report["records_dropped"].items())
@@ -147,10 +179,10 @@ def _tell(report: dict[str, Any], folder: Path, *, seconds: float, encoded: int)
         print(f"{split}: {about['records']:,} documents, {about['tokens']:,} tokens")
     if dropped:
         print(f"dropped: {dropped}")
-    print(f"written: {folder}")
+    print(f"written: {place}")
     print(
-        f"use it: python train.py task=pretrain data=shards data.path={folder} "
-        f"tokenizer=file tokenizer.path={folder / 'tokenizer'}"
+        f"use it: python train.py task=pretrain data=shards data.path={place} "
+        f"tokenizer=file tokenizer.path={place.rstrip('/')}/tokenizer"
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmlab.measured import DataChoice, DataSets, Measured, own_side
@@ -32,8 +32,9 @@ class Asked:
     Attributes:
         stride: tokens between overlapping windows of a text; None for windows that do not overlap.
         batch_size: rows in one forward pass.
-        sampler: name in conf/sampler; None for the run's own, or greedy.
+        sampler: name in conf/sampler or ``further_samplers``; None for the run's own, or greedy.
         sampler_settings: single fields of it.
+        further_samplers: those in the configs of the runs, see `lmlab.plugged.samplers_of`.
         answers: generated per data set, for its first questions; None for all, 0 for none.
         seed: of the first answer; the next has one more.
     """
@@ -44,6 +45,7 @@ class Asked:
     batch_size: int = 16
     sampler: str | None = None
     sampler_settings: tuple[tuple[str, Any], ...] = ()
+    further_samplers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     answers: int | None = 200
     seed: int = 0
     suites: Suites | None = None
@@ -98,9 +100,13 @@ def evaluate(
 
 
 def chosen_sampler(
-    name: str | None, settings: Sequence[tuple[str, Any]], own: dict[str, Any]
+    name: str | None,
+    settings: Sequence[tuple[str, Any]],
+    own: dict[str, Any],
+    *,
+    also: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> SamplerConfig:
-    """The named sampler, or the run's ``own`` (greedy where there is none), with single fields changed.
+    """The named sampler (of conf/sampler, else one of ``also``), or the run's ``own`` (greedy where there is none), with single fields changed.
 
     Raises:
         UserError: an unknown name, or a field it does not have.
@@ -109,7 +115,7 @@ def chosen_sampler(
     from lmlab.generation.samplers import load_sampler
 
     if name is not None or not own:
-        return named_sampler(name or "greedy", dict(settings))
+        return named_sampler(name or "greedy", dict(settings), also=also)
     if own.get("kind") in sampler_names():  # what an older run's sampler did not have yet comes from its YAML
         return named_sampler(own["kind"], {**own, **dict(settings)})
     return load_sampler({**own, **dict(settings)})
@@ -209,7 +215,9 @@ def _on_data(usable: UsableModel, measured: Measured, asked: Asked) -> tuple[dic
     questions = measured.questions[: asked.answers]
     if not questions:
         return figures, None
-    sampler = chosen_sampler(asked.sampler, asked.sampler_settings, usable.sampler)
+    sampler = chosen_sampler(
+        asked.sampler, asked.sampler_settings, usable.sampler, also=asked.further_samplers
+    )
     answers = answer(usable.generator, questions, sampler=sampler, seed=asked.seed)
     return {**figures, **answers.figures(), "sampler": sampler.model_dump(mode="json")}, answers
 

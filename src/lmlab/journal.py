@@ -305,7 +305,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, {} if it is not there or broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

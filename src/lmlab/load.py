@@ -12,6 +12,7 @@ from lmlab.assemble import prompting_of, store_base, text_generator
 from lmlab.data.formats import Prompting
 from lmlab.journal import read_json
 from lmlab.models.adapter_base import AdapterDirectory, refuse_other_names
+from lmlab.plugged import load_plugins_of
 from lmlab.records import UserError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def load_for_use(
     disable_progress_bar()
     path = weights_folder(Path(name_or_path), use_best=use_best)
     if path is not None:
-        _load_its_plugins(path)
+        load_plugins_of(path)
     further = {
         name: AdapterDirectory.of(_adapter_folder(given, use_best))
         for name, given in (adapters or {}).items()
@@ -110,28 +111,6 @@ def load_for_use(
     if further:
         return _adapted(further, accelerator, quant, base=source)
     return _plain(source, path, accelerator, quant)
-
-
-def _load_its_plugins(weights: Path) -> None:
-    """Import plugins where a sampler or storage is theirs: those installed, and those in the config.yaml of a run around the
-    weights, never in a file beside weights: a downloaded adapter names none."""
-    import yaml
-
-    from lmlab.generation.samplers import samplers
-    from lmlab.models.quantize import quants
-    from lmlab.registry import load_plugins
-
-    info = read_json(weights / "lmlab.json")
-    needed = ((samplers, info.get("sampler")), (quants, info.get("quant")))
-    if all(
-        not isinstance(values, dict) or values.get("kind") in registry.names() for registry, values in needed
-    ):
-        return
-    run = weights.parent.parent if weights.parent.name == "best" else weights.parent
-    names: Any = []
-    if (run / "run.json").is_file() and (run / "config.yaml").is_file():
-        names = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")).get("plugins", [])
-    load_plugins(names)
 
 
 def weights_folder(path: Path, *, use_best: bool) -> Path | None:

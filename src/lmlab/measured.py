@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lmlab.config.compose import CONF, to_run_config
-from lmlab.config.errors import hydra_error
+from lmlab.config.compose import CONF, compose_config
 from lmlab.data.chat import chat_document
 from lmlab.data.config import DataConfig
 from lmlab.data.encoding import EncodedDocument
@@ -115,16 +114,7 @@ class DataChoice:
 
 
 def _compose(kind: str, settings: Sequence[str]) -> DataConfig:
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = compose("train", overrides=[f"data={kind}", *settings])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise hydra_error(error) from error
-    return to_run_config(composed).data
+    return compose_config([f"data={kind}", *settings]).data
 
 
 @dataclass

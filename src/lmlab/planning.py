@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmlab.config.schema import RunConfig, optim_in_force
+from lmlab.config.schema import RunConfig, optim_in_force, world_size
 from lmlab.data.sources import cache_root
 from lmlab.journal import read_json, write_json
 from lmlab.records import UserError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lmlab.models.hardware import Hardware
     from lmlab.models.memory import MemoryMeter
     from lmlab.models.plan import MemoryPlan, PlannedRun, Workload
+    from lmlab.models.traffic import Traffic
 
 STEPS_LOOKED_AT = 2000
 """Of the data order, for its largest micro-batch."""
@@ -130,7 +131,6 @@ def workload_of_data(
     config: RunConfig, prepared: PreparedData, *, flat: bool, max_steps: int, rank: int = 0
 ) -> Workload:
     """The largest micro-batch of this run's own order (of its first 2,000 steps), and of its validation side."""
-    from lmlab.config.schema import world_size
     from lmlab.data.order import ShareOfRows, StepBatches
     from lmlab.models.plan import Workload
 
@@ -217,11 +217,41 @@ class ConfigPlan:
         """What the device has; None: there is none here."""
         return capacity_gb(self.device_type)
 
-    def made(self, workload: Workload | None = None) -> MemoryPlan:
-        """The plan of ``workload``, or of full rows; from the cache where it was made before."""
+    def run(self, workload: Workload | None = None) -> PlannedRun:
+        """What is planned: ``workload``, or full rows."""
         where = {"device_type": self.device_type, "precision": self.precision}
-        run = planned_run(self.config, self.hf_config, workload or self.workload, **where)
-        return cached_plan(run, self.config)
+        return planned_run(self.config, self.hf_config, workload or self.workload, **where)
+
+    def made(self, workload: Workload | None = None) -> MemoryPlan:
+        """The plan of ``workload``, or of full rows, on one rank; from the cache where it was made before."""
+        return cached_plan(self.run(workload), self.config)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the run."""
+        return world_size(self.config)
+
+    def traffic(self) -> dict[str, Traffic]:
+        """What a rank sends in an optimizer step by strategy (``ddp``, ``fsdp``); empty for one rank."""
+        from lmlab.models.sharded_plan import gathered_size, run_groups
+        from lmlab.models.traffic import ddp_traffic, fsdp_traffic
+
+        if self.ranks == 1:
+            return {}
+        ranks, run = self.ranks, self.run()
+        groups, batches = run_groups(run), self.config.trainer.accumulate_grad_batches
+        size = gathered_size(run)
+        return {
+            "ddp": ddp_traffic(groups, ranks),
+            "fsdp": fsdp_traffic(groups, ranks, size=size, micro_batches=batches),
+        }
+
+    def host_gb(self) -> float:
+        """Memory of a node's own that its ranks take under FSDP before each keeps its share: the whole model each."""
+        from lmlab.models.sharded_plan import run_groups
+
+        whole = sum(part.values * part.stored for part in run_groups(self.run()).parts)
+        return self.config.trainer.devices * whole / 1e9
 
 
 def plan_of_config(config: RunConfig) -> ConfigPlan:
@@ -237,16 +267,21 @@ def plan_of_config(config: RunConfig) -> ConfigPlan:
 def cached_plan(run: PlannedRun, config: RunConfig) -> MemoryPlan:
     """The plan of ``run``, from the cache where it was made before."""
     from lmlab.models.plan import MemoryPlan, plan
+    from lmlab.models.sharded_plan import run_groups, sharded_plan
 
     path = cache_root() / "plans" / f"{_key(run, config)}.json"
     if path.is_file():
         stored = read_json(path)
         if stored:
             return MemoryPlan(stored["phases"], tuple(stored["layers"]))
-    made = plan(run)
+    made = sharded_plan(run, run_groups(run), world_size(config)) if _sharded(config) else plan(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(made))
     return made
+
+
+def _sharded(config: RunConfig) -> bool:
+    return config.trainer.strategy == "fsdp"
 
 
 def _key(run: PlannedRun, config: RunConfig) -> str:
@@ -261,6 +296,7 @@ def _key(run: PlannedRun, config: RunConfig) -> str:
         run.hf_config.to_dict(),
         *(part.model_dump(mode="json") for part in (run.model, run.quant, run.adapter, run.loss)),
         [config.optim.name, asdict(run.workload), str(run.compute_dtype), run.device_type],
+        world_size(config) if _sharded(config) else None,
         [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
         # Without CUDA the CPU's kernels stand in for its own.
         [code.hexdigest(), torch.cuda.is_available(), can_tune_malloc()],
@@ -280,8 +316,8 @@ def plan_beside(
     """Give the meter what was planned; a failure is one line and no more."""
     if not config.trainer.memory_plan:
         return
-    if config.trainer.strategy == "fsdp":
-        say("no memory plan: it would be that of one device with the whole model")
+    if _sharded(config):
+        say("no memory plan beside the measured peaks of shares; scripts/plan.py estimates them")
         return
     try:
         workload = workload_of_data(config, prepared, flat=built.flat, max_steps=max_steps)
@@ -310,9 +346,6 @@ def _as_built(config: RunConfig, model: Any) -> Any:
     return hf_config
 
 
-# --- what would fit ---------------------------------------------------------------------------------------------------
-
-
 def capacity_gb(device_type: str) -> float | None:
     """Memory of the GPU, or of this machine (a container's limit counts); None: there is no such GPU here."""
     import resource
@@ -328,70 +361,3 @@ def capacity_gb(device_type: str) -> float | None:
         if path.is_file() and (text := path.read_text().strip()).isdigit():
             limits.append(float(text))
     return min(limit for limit in limits if limit > 0) / 1e9
-
-
-def alternatives(config: RunConfig) -> list[tuple[str, RunConfig]]:
-    """(what to type, the config it gives): smaller in memory, the same in what is learned or near it."""
-    trainer, found = config.trainer, list[tuple[str, RunConfig]]()
-
-    def changed(words: str, **updates: Any) -> None:
-        found.append((words, config.model_copy(update=updates)))
-
-    checkpointed = config.model.model_copy(update={"gradient_checkpointing": True})
-    size, accumulate = trainer.batch_size, trainer.accumulate_grad_batches
-    while size % 2 == 0:
-        size, accumulate = size // 2, accumulate * 2
-        halved = trainer.model_copy(update={"batch_size": size, "accumulate_grad_batches": accumulate})
-        words = f"trainer.batch_size={size} trainer.accumulate_grad_batches={accumulate}"
-        changed(words, trainer=halved)
-    if not config.model.gradient_checkpointing:
-        changed("model.gradient_checkpointing=true", model=checkpointed)
-    if config.adapter.kind == "lora" and config.quant.kind not in ("nf4", "fp4"):
-        from lmlab.models.quantize import FourBit
-
-        nf4 = FourBit(kind="nf4", double_quant=True)
-        changed("quant=nf4", quant=nf4)
-        changed("quant=nf4 model.gradient_checkpointing=true", quant=nf4, model=checkpointed)
-    return found
-
-
-def what_fits(
-    config: RunConfig, replan: Callable[[RunConfig], float], limit_gb: float
-) -> Sequence[tuple[str, float]]:
-    """(what to type, planned GB) of the alternatives whose plan is below ``limit_gb``; at most two of them."""
-    fitting: list[tuple[str, float]] = []
-    for words, changed in alternatives(config):
-        planned = replan(changed)
-        if planned <= limit_gb:
-            fitting.append((words, planned))
-            if len(fitting) == 2:
-                break
-    return fitting
-
-
-def out_of_memory(config: RunConfig, meter: MemoryMeter | None) -> str:
-    """What happened and what would fit, in one line; never raises."""
-    try:
-        return _out_of_memory(config, meter)
-    except Exception as error:  # this is the line about another failure
-        advice = "lower trainer.batch_size or data.max_length, or use adapter=qlora"
-        return f"{advice} (what would fit could not be planned: {type(error).__name__})"
-
-
-def _out_of_memory(config: RunConfig, meter: MemoryMeter | None) -> str:
-    known = plan_of_config(config)
-    base = 0.0 if meter is None else meter.base_gb
-
-    def replan(changed: RunConfig) -> float:
-        return base + max(replace(known, config=changed).made().growth_gb().values())
-
-    planned = replan(config)
-    where = "" if meter is None or meter.current is None else f" in {meter.current}"
-    limit = known.capacity_gb
-    if limit is None:
-        raise UserError("no such device here")
-    told = f"up to {planned:.2f} GB planned{where}, {limit:.2f} GB there"
-    fitting = what_fits(config, replan, 0.95 * limit)
-    if not fitting:
-        return f"{told}: nothing smaller was found to fit, try a smaller model or data.max_length"
-    return f"{told}: " + " or ".join(f"{words} ({gigabytes:.2f} GB)" for words, gigabytes in fitting)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from lmlab import announce
 from lmlab.config.schema import RunConfig, mixed_precision_instead, world_size
 from lmlab.data.prepared import PreparedData
 from lmlab.journal import Journal, RunDir, earlier_texts, read_json, write_json
 from lmlab.records import STOPPED_CODES, Sample
+from lmlab.tracking.transcript import Transcript
 
 
 class Session:
@@ -30,7 +31,10 @@ class Session:
     def __init__(self, run: RunDir, config: RunConfig, *, started: float) -> None:
         self.run, self.config = run, config
         self.rank = int(os.environ.get("RANK", "0"))
-        self.console = Console(soft_wrap=False)
+        self.started = started
+        argv = map(str, read_json(run.info).get("argv", []))
+        self.transcript = Transcript(run.path if self.rank == 0 else None, title=shlex.join(argv))
+        self._remarks: list[str] | None = []  # what is said before the table, to stand in or under it
         self.tracker: Any = None
         self.meter: Any = None
         self.figures: dict[str, Any] = {}
@@ -44,8 +48,12 @@ class Session:
 
     def say(self, text: str) -> None:
         """A line on the first rank's console."""
-        if self.rank == 0:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self.rank != 0:
+            return
+        if self._remarks is not None:
+            self._remarks.append(text)
+        else:
+            self.transcript.say(text)
 
     # --- the log ------------------------------------------------------------------------------------------------
 
@@ -81,6 +89,24 @@ class Session:
 
     def train(self) -> int:
         """Build everything, fit, and return the exit code."""
+        from lmlab.planning import plan_beside
+
+        with self.transcript.waiting("building the model"):
+            built, prepared, hardware, max_steps = self._build()
+            resume_from, step = self._resume_from()
+            if self.rank == 0:
+                if resume_from is None:
+                    self.tracker.data(prepared.meta["report"], prepared.examples)
+                self._report()  # the data section, to be looked at while the run goes
+                # After what that imports: what is in memory now is not planned but measured.
+                plan_beside(self.meter, self.config, prepared, built, hardware, max_steps, self.say)
+        self._announce(built, prepared, max_steps)
+        if self.rank == 0:
+            self.log(step, self.meter.read())
+        return self._fit(built, prepared, hardware, self.meter, max_steps, resume_from)
+
+    def _build(self) -> tuple[Any, PreparedData, Any, int]:
+        """The model with all that is built for it, its data, the hardware, the last step."""
         import numpy as np
         import torch
 
@@ -88,7 +114,6 @@ class Session:
         from lmlab.models.build import hidden_size
         from lmlab.models.hardware import choose_hardware
         from lmlab.models.memory import MemoryMeter, keep_freed_blocks, return_freed_blocks
-        from lmlab.planning import plan_beside
 
         config = self.config
         prepared = PreparedData.load(Path(read_json(self.run.info)["prepared"]))
@@ -115,16 +140,25 @@ class Session:
         self.figures.update(built.figures)
         self._open_tracker()
         max_steps = config.trainer.steps(prepared.meta["report"]["rows"]["train"])
-        if self.rank == 0:
-            announce.start(self.console, self.run, config, prepared, built, max_steps, self.figures)
-        resume_from, step = self._resume_from()
-        if self.rank == 0:
-            if resume_from is None:
-                self.tracker.data(prepared.meta["report"], prepared.examples)
-            self._report()  # the data section, to be looked at while the run goes
-            plan_beside(meter, config, prepared, built, hardware, max_steps, self.say)
-            self.log(step, meter.read())
-        return self._fit(built, prepared, hardware, meter, max_steps, resume_from)
+        return built, prepared, hardware, max_steps
+
+    def _announce(self, built: Any, prepared: PreparedData, max_steps: int) -> None:
+        """The table, with what was said before it."""
+        if self.rank != 0:
+            return
+        remarks, self._remarks = self._remarks or [], None
+        announce.start(
+            self.transcript,
+            self.run,
+            self.config,
+            prepared,
+            built,
+            max_steps,
+            self.figures,
+            planned_gb=self.meter.planned_gb,
+            mirror=self.tracker.mode,
+            remarks=remarks,
+        )
 
     def _fit(
         self,
@@ -148,7 +182,7 @@ class Session:
         branches = resume_from is not None and resume_from.absolute().parent != self.run.checkpoints
         module = self._module(built, prepared, meter, max_steps, branches=branches)
         datamodule = LMDataModule(prepared, config.trainer, seed=config.seed, flat=built.flat)
-        progress = Progress(self.console, max_steps=max_steps, active=self.rank == 0)
+        progress = Progress(self.transcript, max_steps=max_steps, active=self.rank == 0)
         flops = step_flops(built.model, checkpointing=config.model.gradient_checkpointing)
         log = RunLog(config.trainer, log=self.log, progress=progress, flops=flops, meter=meter)
         checkpoints = Checkpoints(
@@ -312,13 +346,17 @@ class Session:
             self.say(f"warning: summary.json cannot be written ({error.strerror})")
         if self.journal is not None:
             self.journal.close()
-        announce.samples(self.console, self.samples)
+        remarks, self._remarks = self._remarks or [], None
+        for remark in remarks:  # it ended before its table
+            self.say(remark)
+        announce.samples(self.transcript, self.samples)
         if self.tracker is not None:
             self.tracker.layers()
             self.tracker.summary({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
             self.tracker.finish(code)
         self._report()
-        announce.end(self.console, self.run, status, summary)
+        announce.end(self.transcript, self.run, status, summary, seconds=time.monotonic() - self.started)
+        self.transcript.close()
 
     def _report(self) -> None:
         try:

@@ -38,6 +38,7 @@ from lmlab.data.sources import cache_root
 from lmlab.journal import RunDir, check_run_name, read_json, slug, versions_of, write_json
 from lmlab.records import UserError
 from lmlab.resume import branched_from, check_unchanged, goes_on
+from lmlab.tracking.transcript import waiting
 
 TRAINED = ("bpe", "chars")
 """Kinds of tokenizers that are made from the run's own training text."""
@@ -82,7 +83,8 @@ def start(composed: Any, overrides: list[str]) -> int:
             where="hparams_search",
             fix="add -m and what to search, as optim.lr='interval(1e-4, 1e-2)'; or hparams_search=none for one run",
         )
-    plan = plan_run(config, overrides)
+    with waiting("preparing the tokenizer and the data"):
+        plan = plan_run(config, overrides)
     create_run(plan, overrides)
     from lmlab.worker import launch, requeue
 

@@ -25,6 +25,7 @@ from lmlab.config.compose import freeze, load_env, load_frozen, report_error
 from lmlab.config.schema import RunConfig, world_size
 from lmlab.journal import RunDir, read_json, write_json
 from lmlab.records import OF_A_MULTIRUN, STOPPED_CODES, RunFailedError, UserError
+from lmlab.tracking.transcript import note
 
 STARTED = time.monotonic()
 
@@ -36,18 +37,23 @@ REQUEUE = 128 + signal.SIGUSR1
 """Exit code after SIGUSR1, which SLURM sends ahead of a time limit (``#SBATCH --signal=USR1@90``)."""
 
 
-def launch(run: RunDir, config: RunConfig) -> int:
-    """Train the run in its directory, on as many processes as its config says; the exit code."""
+def launch(run: RunDir, config: RunConfig, *, started: float = STARTED) -> int:
+    """Train the run in its directory, on as many processes as its config says; the exit code.
+
+    Args:
+        started: monotonic time from which the run's log counts, where it is not the process's beginning.
+    """
     with patient_streams():
-        return _launch(run, config)
+        return _launch(run, config, started)
 
 
-def _launch(run: RunDir, config: RunConfig) -> int:
+def _launch(run: RunDir, config: RunConfig, started: float) -> int:
     if ranks.is_rank():
         return run_rank(run, config)
     ranks.refuse_alone(run, config)
     run.out_of_memory.unlink(missing_ok=True)
-    code = run_rank(run, config) if world_size(config) == 1 else _launch_ranks(run, config)
+    alone = world_size(config) == 1
+    code = run_rank(run, config, started=started) if alone else _launch_ranks(run, config)
     if code == 1 and config.trainer.auto_batch and run.out_of_memory.exists():
         smaller = halved(config)
         if smaller is not None:
@@ -77,12 +83,13 @@ def _begin_again(run: RunDir, config: RunConfig) -> None:
     """From the last checkpoint, or step 0, in a process that has none of the memory of this one."""
     freeze(run, config)
     trainer = config.trainer
-    print(
+    said = (
         f"out of memory: beginning again with trainer.batch_size={trainer.batch_size} "
         f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}, the same global batch, "
-        f"and trainer.val_batch_size={trainer.val_batch_size}",
-        flush=True,
+        f"and trainer.val_batch_size={trainer.val_batch_size}"
     )
+    print(said, flush=True)
+    note(run.path, said)
     sys.stderr.flush()
     os.execv(
         sys.executable, [sys.executable, "-m", "lmlab.worker", str(run.path)]
@@ -141,10 +148,9 @@ def _launch_ranks(run: RunDir, config: RunConfig) -> int:
             status = "interrupted" if code in STOPPED_CODES else "failed"
             write_json(run.summary, {**summary, "status": status, "exit_code": code})
         if code not in (2, *STOPPED_CODES):
-            print(
-                f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above",
-                file=sys.stderr,
-            )
+            said = f"error: rank {rank} ended with exit code {failure.exitcode}: its own error stands above"
+            print(said, file=sys.stderr)
+            note(run.path, said)
     except SignalException as error:
         code = 128 + int(error.sigval)
     finally:
@@ -164,14 +170,14 @@ def _stopping(launch_config: Any) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in launch_config.__dataclass_fields__}
 
 
-def run_rank(run: RunDir, config: RunConfig) -> int:
+def run_rank(run: RunDir, config: RunConfig, *, started: float = STARTED) -> int:
     """Be one rank: build, train, write down how it ended; the exit code. Nothing is raised."""
     from lmlab.session import Session
 
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     for number in (signal.SIGTERM, signal.SIGUSR1):  # outside the steps, where `GracefulStop` has its own
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    session = Session(run, config, started=STARTED)
+    session = Session(run, config, started=started)
     code, reason, agreed = 1, "", False
     try:
         code = session.train()
@@ -194,7 +200,7 @@ def run_rank(run: RunDir, config: RunConfig) -> int:
         if _out_of_memory(error):
             with contextlib.suppress(OSError):  # on a full disk too the line below is what counts
                 run.out_of_memory.touch()
-            from lmlab.planning import out_of_memory
+            from lmlab.fitting import out_of_memory
 
             print(f"error: out of memory: {out_of_memory(config, session.meter)}", file=sys.stderr)
         else:

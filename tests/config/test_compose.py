@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from lmlab.config.compose import CONF, dump_yaml, fingerprint, load_frozen, to_run_config
 from lmlab.records import RefusedError, UserError
+from lmlab.registry import data_sources
 
 from .conftest import Compose
 
@@ -51,8 +52,10 @@ def test_every_option_of_every_group_composes_and_validates(composed: Compose, o
         OmegaConf.update(values, key, listed if key == "data.sources" else "given")
     config = to_run_config(values)
     chosen: Any = getattr(config, group, None)
-    if hasattr(chosen, "kind") and group != "model":
+    if hasattr(chosen, "kind") and group not in ("model", "data"):
         assert chosen.kind == name
+    if group == "data":
+        assert chosen.kind == (name if name in data_sources.names() else "hub"), "else a preset of the hub"
     if group in ("callbacks", "metrics"):
         assert sorted(chosen) == ([] if name == "none" else [name])
     if group == "task":

@@ -17,6 +17,7 @@ from lmlab.data.crew import Crew, Tick
 from lmlab.data.documents import Part, part_hash, plan_units, read_documents
 from lmlab.data.files import Intake, find_files
 from lmlab.data.shards import Shards
+from lmlab.data.store import FolderStore
 from lmlab.data.units import UnitJob, encode_unit
 from lmlab.records import RunFailedError, UserError
 
@@ -503,7 +504,7 @@ def test_a_unit_that_fails_leaves_no_file(source: Path, tmp_path: Path) -> None:
     (source / "0.txt").write_text("x" * 2_000_000, encoding="utf-8")
     file = source / "0.txt"
     part = Part(str(file), 0, file.stat().st_size)
-    job = UnitJob(0, (part,), tmp_path / "made", "error", "text", None, 0.5, None)
+    job = UnitJob(0, (part,), FolderStore(tmp_path / "made"), "error", "text", None, 0.5, None)
     with pytest.raises(OSError, match="no"):
         encode_unit(job, Failing(), lambda count: None)
     assert not [path for path in (tmp_path / "made").rglob("*") if path.is_file()]

@@ -157,6 +157,18 @@ def test_the_console_says_what_was_made(qlora: tuple[RunDir, subprocess.Complete
     assert "Traceback" not in done.stderr
 
 
+def test_what_was_printed_is_in_the_run_s_directory(
+    qlora: tuple[RunDir, subprocess.CompletedProcess[str]],
+) -> None:
+    run, done = qlora
+    first, *rest = (run.path / "console.log").read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# 20")
+    assert "adapter=qlora" in first
+    on_stderr = done.stderr.splitlines()
+    assert [line for line in rest if line not in on_stderr] == done.stdout.splitlines()
+    assert not set(done.stdout) & {"\x1b", "\r"}
+
+
 OUTSIDE = """
 import sys
 class Block:

@@ -187,7 +187,8 @@ def test_jobs_print_into_their_own_directories(tmp_path: Path) -> None:
     root = tmp_path / "sweeps" / "two"
     for row, seed in zip(rows_of(root), (1, 2), strict=True):
         console = (Path(row["directory"]) / "console.log").read_text(encoding="utf-8")
-        assert f"sft, seed {seed}" in console
+        assert console.count(f"sft, seed {seed}") == 1
+        assert not set(console) & {"\x1b", "\r"}
         assert f"seed={seed}: finished after" in done.stdout
         assert float(row["final/val/loss"]) > 0
     assert "sft, seed" not in done.stdout

@@ -21,7 +21,8 @@ from scripts import tokenize_corpus
 from lmlab.data.corpus import CorpusIndex
 from lmlab.data.shards import Shards
 from lmlab.tokenizers import load_tokenizer, tokenizer_hash, train_bpe
-from tests.integration.conftest import ROOT, command
+from tests.integration.conftest import ROOT, begun, command
+from tests.object_store import SECRET, object_server
 
 SCRIPT = "scripts/tokenize_corpus.py"
 SMALL = ("--shard-mb", "1")
@@ -258,6 +259,79 @@ def test_a_full_disk_is_one_line_and_finished_units_stay(
     assert list((folder / "units").glob("*.json"))
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_a_ray_of_our_own_and_the_same_command_goes_on(
+    whole: tuple[Path, str], source: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    folder = tmp_path / "corpus"
+    told = [SCRIPT, str(source), "--tokenizer", str(tokenizer_dir), "--to", str(folder), *SMALL]
+    told += ["--ray", "local", "--workers", "2"]
+    process = begun(*told)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((folder / "units").glob("*.json")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert len(started) > 3
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert errors.strip().splitlines()[-1] == "interrupted: finished units stay, the same command goes on"
+    assert "Traceback" not in errors
+    assert gone(started)
+    assert not (folder / "index.json").exists()
+    done = command(*told)
+    assert done.returncode == 0, done.stderr
+    assert contents(folder) == contents(whole[0])
+
+
+@pytest.mark.slow
+def test_a_corpus_on_s3_trains_and_no_file_of_the_run_has_the_key(
+    whole: tuple[Path, str], source: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    with object_server() as server:
+        environment = {**server.environment, "LMLAB_CACHE": str(tmp_path / "cache")}
+        told = [str(source), "--tokenizer", str(tokenizer_dir), "--to", "s3://lab/corpus", "--workers", "2"]
+        done = command(SCRIPT, *told, *SMALL, **environment)
+        assert done.returncode == 0, done.stderr
+        assert (
+            "data.path=s3://lab/corpus tokenizer=file tokenizer.path=s3://lab/corpus/tokenizer" in done.stdout
+        )
+        options = [
+            "data=shards",
+            "tokenizer=file",
+            "data.max_length=64",
+            "trainer.max_steps=2",
+            "samples.prompts=0",
+        ]
+        options += [
+            "task=pretrain",
+            "trainer.accelerator=cpu",
+            f"output_root={tmp_path}/outputs",
+            "run_name=x",
+        ]
+        options += ["trainer.val_every_n_steps=2", "trainer.memory_plan=false", "logger.mode=offline"]
+        options += ["overwrite=true"]
+        losses = []
+        for place in ("s3://lab/corpus", str(whole[0])):
+            paths = [f"data.path={place}", f"tokenizer.path={place}/tokenizer"]
+            done = command("train.py", *options, *paths, **environment)
+            assert done.returncode == 0, done.stderr
+            assert SECRET not in done.stdout + done.stderr
+            assert SECRET.encode() not in b"".join(contents(tmp_path / "outputs").values())
+            summary = json.loads((tmp_path / "outputs/pretrain/x/summary.json").read_text())
+            losses.append({name: summary[name] for name in summary if "loss" in name})
+    assert losses[0] == losses[1]
+    assert losses[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -265,6 +339,16 @@ def test_a_full_disk_is_one_line_and_finished_units_stay(
         (["--val-fraction", "1"], "error: bad value 1.0 (--val-fraction): between 0 and 1"),
         (["--shard-mb", "0"], "error: bad value 0.0 (--shard-mb): above 0"),
         (["--limit-documents", "0"], "error: bad value 0 (--limit-documents): at least 1"),
+        (
+            ["--ray", "127.0.0.1:1"],
+            "error: no Ray cluster at 127.0.0.1:1: [Errno 111] Connection refused (--ray): start",
+        ),
+        (["--ray", ""], "error: bad value  (--ray): auto, local or HOST:PORT"),
+        (["--to", "memory://corpus"], "error: bad value memory://corpus (--to): a folder or an s3:// URL"),
+        (
+            ["--to", "s3://me:key@lab/x"],
+            "error: credentials or options in a URL (s3://***@lab/x): leave them out",
+        ),
         (["--columns", "content"], "error: bad value content (--columns): text=NAME_OF_THE_FIELD"),
         (["nowhere"], "error: no such data file: nowhere (PATH): "),
         (["--tokenizer", "./nowhere"], "error: no such tokenizer (nowhere): "),

@@ -179,19 +179,14 @@ def trained(pre_tokenizer: str) -> Any:
 
 
 QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-O200K = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 KINDS = {
     **{
         name: ("words", lambda name=name: trained(name))
-        for name in ("gpt2", "digits", "llama3", "whitespace")
+        for name in ("gpt2", "digits", "llama3", "gpt4o", "whitespace")
     },
     "lines": ("windows", lambda: trained("lines")),
+    "none": ("windows", lambda: trained("none")),
     "qwen2": ("words", lambda: byte_level(QWEN2, normalizers.NFC())),
-    "gpt4o": ("words", lambda: byte_level(O200K)),
     "odd flags": ("words", odd_flags),
     "lowercase": ("windows", lambda: byte_level(None, normalizers.Lowercase())),
     "own pattern": ("windows", lambda: byte_level(r"\w+ ?|\W")),

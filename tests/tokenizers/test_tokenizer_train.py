@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -29,7 +30,7 @@ from lmlab.tokenizers import (
     tokenizer_hash,
     train_bpe,
 )
-from lmlab.tokenizers.train import PIECE_CHARS, PreTokenizerName
+from lmlab.tokenizers.train import CUTS, PIECE_CHARS, WORDLESS_CHARS, PreTokenizerName
 
 DATA = Path(os.environ.get("LMLAB_TEST_DATA", "../shared/data"))
 CONF = Path(__file__).parents[2] / "conf" / "tokenizer"
@@ -213,7 +214,7 @@ def test_against_reference_merges_differences_are_ties() -> None:
     assert len(tokens & set(model["vocab"])) >= 490
 
 
-@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+@pytest.mark.parametrize("pre_tokenizer", [name for name in PRE_TOKENIZERS if name != "none"])
 def test_a_large_text_in_pieces_gives_the_tokenizer_of_the_whole(
     pre_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +223,7 @@ def test_a_large_text_in_pieces_gives_the_tokenizer_of_the_whole(
     text = " ".join(rng.choice(words) for _ in range(4000))
     whole = train_bpe([text], **with_options({"pre_tokenizer": pre_tokenizer}))
     monkeypatch.setattr("lmlab.tokenizers.train.PIECE_CHARS", 50)
-    pieces = list(TextBudget([text], 10**6, after_lines=pre_tokenizer == "lines"))
+    pieces = list(TextBudget([text], 10**6, cut=CUTS.get(pre_tokenizer, "words")))
     assert "".join(pieces) == text
     assert len(pieces) > 30
     parts = train_bpe([text], **with_options({"pre_tokenizer": pre_tokenizer}))
@@ -231,10 +232,28 @@ def test_a_large_text_in_pieces_gives_the_tokenizer_of_the_whole(
 
 def test_pieces_are_of_bounded_size() -> None:
     text = "some words here\n" * (PIECE_CHARS // 4)
-    for after_lines in (False, True):
-        sizes = [len(piece) for piece in TextBudget([text], len(text) - 7, after_lines=after_lines)]
+    most: dict[Any, int] = {"words": PIECE_CHARS, "lines": PIECE_CHARS, "anywhere": WORDLESS_CHARS}
+    for cut, size in most.items():
+        sizes = [len(piece) for piece in TextBudget([text], len(text) - 7, cut=cut)]
         assert sum(sizes) == len(text) - 7
-        assert max(sizes) < 1.01 * PIECE_CHARS
+        assert max(sizes) < 1.01 * size
+
+
+def test_without_words_the_merges_are_those_of_the_whole_text_but_for_its_cuts() -> None:
+    """``none`` on a text shorter than a piece is the plain BPE of that text, found here by counting pairs."""
+    text = "abab cabab\nabab"
+    tokenizer = train_bpe([text], **with_options({"pre_tokenizer": "none", "vocab_size": 262}))
+    # "ab" occurs 6 times; "abab" 3 times, as do no other pairs.
+    learned = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    assert learned == [["a", "b"], ["ab", "ab"]]
+    assert tokenizer.tokenize(text) == ["abab", "Ġ", "c", "abab", "Ċ", "abab"]
+
+
+def test_without_words_a_long_text_learns_in_pieces() -> None:
+    text = "the end of the day\n" * 400
+    tokenizer = train_bpe([text], **with_options({"pre_tokenizer": "none"}))
+    assert any("Ċ" in token and len(token) > 20 for token in tokenizer.get_vocab())
+    assert tokenizer.decode(tokenizer(text, verbose=False).input_ids) == text
 
 
 def words_of(pre_tokenizer: str, text: str) -> list[str]:
@@ -249,16 +268,27 @@ def test_what_each_pre_tokenizer_keeps_together() -> None:
     assert words_of("digits", text)[3:10] == [" pay", " ", "1", "2", "3", "4", "5"]
     llama3 = ["I", "'LL", " pay", " ", "123", "45", " (", "or", " ", " less", ").\n\n", "Yes"]
     assert words_of("llama3", text) == llama3
+    assert words_of("gpt4o", "parseHTMLPage don't a/\n") == ["parse", "HTMLPage", " don't", " a", "/\n"]
+    assert words_of("none", text) == [text]
     assert words_of("whitespace", text)[:6] == ["I'LL", " pay", " 12345", " (or", " ", " less)."]
     assert words_of("lines", text) == ["I'LL pay 12345 (or  less).\n", "\n", "Yes"]
 
 
-def test_tokens_of_several_words_are_learned_only_by_lines() -> None:
+def test_the_table_of_pre_tokenizers_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tokenizers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)`.*?\|.*\| (`DON.*`) \|$", page, flags=re.MULTILINE)
+    told = {name: re.findall("`(.+?)`", cut) for name, cut in rows}
+    assert list(told) == [name for name in PRE_TOKENIZERS if name not in ("lines", "none")]
+    for name, words in told.items():
+        assert words == [word.replace(" ", "␣") for word in words_of(name, "DON'T pay  12345.")], name
+
+
+def test_tokens_of_several_words_are_learned_only_by_lines_and_none() -> None:
     text = ["in the end of the day\nin the end of the day\n"] * 30
     for pre_tokenizer in PRE_TOKENIZERS:
         tokenizer = train_bpe(text, **with_options({"pre_tokenizer": pre_tokenizer}))
         several = [t for t in tokenizer.get_vocab() if "Ġ" in t.strip("Ġ") and t not in SPECIALS]
-        assert bool(several) is (pre_tokenizer == "lines")
+        assert bool(several) is (pre_tokenizer in ("lines", "none"))
 
 
 @pytest.mark.parametrize(("limit", "longest"), [(None, 9), (2, 2), (3, 3), (4, 4), (5, 5), (7, 5), (8, 8)])
@@ -308,7 +338,7 @@ def test_the_error_of_a_source_comes_out_as_it_is() -> None:
         (TEXTS, {"special_tokens": ["<a>", "<a>"]}, "repeated special token"),
         (TEXTS, {"special_tokens": ["!"]}, "bad special token '!'"),
         (TEXTS, {"max_chars": 0}, "leaves no text"),
-        (TEXTS, {"pre_tokenizer": "words"}, "one of gpt2, digits, llama3, whitespace, lines"),
+        (TEXTS, {"pre_tokenizer": "words"}, "one of gpt2, digits, llama3, gpt4o, whitespace, lines, none"),
     ],
 )
 def test_user_errors_are_one_line(texts: list[str], change: dict[str, Any], message: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.util
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -153,6 +156,21 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self.open or self.open[-1] not in ("style", "script"):
             self.words += data
+
+
+def assert_only_our_script(html: str, *, live: bool = False) -> None:
+    """One script, which the page's policy names by its hash, and no address that the page could ask."""
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert len(scripts) == html.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    tags = Page(html).tags
+    policy = next(attrs["content"] for _, attrs in tags if attrs.get("http-equiv"))
+    own = "; connect-src 'self'" if live else ""
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'{own}"
+    assert html.index("http-equiv") < html.index("<script"), "a policy says nothing of what stands before it"
+    assert not [tag for tag, _ in tags if tag in ("link", "img", "iframe", "object", "embed", "base", "form")]
+    assert not [attrs["src"] for _, attrs in tags if attrs.get("src")]
+    assert not re.findall(r"url\((?!#)|@import", html.split("</style>")[0])
 
 
 def script() -> ModuleType:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import json
 import math
 import re
@@ -21,7 +19,7 @@ from lmlab.tracking.compare import render, write_comparison
 from lmlab.tracking.groups import Entry, read_result
 from lmlab.tracking.results import FIGURES, entries_of, rows_of, write_results
 
-from .pages import HOSTILE, Page, page_of, script, small_run, write_json, write_lines
+from .pages import HOSTILE, Page, assert_only_our_script, page_of, script, small_run, write_json, write_lines
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
@@ -54,13 +52,8 @@ def test_the_page_is_whole(ablation: list[Entry], tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_only_the_sorting_script_may_run(ablation: list[Entry]) -> None:
-    html = render(ablation, title="a sweep")
-    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
-    assert len(scripts) == html.count("<script") == 1
-    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
-    policy = next(attrs["content"] for _, attrs in Page(html).tags if attrs.get("http-equiv"))
-    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+def test_only_our_script_may_run(ablation: list[Entry]) -> None:
+    assert_only_our_script(render(ablation, title="a sweep"))
 
 
 def test_names_and_samples_are_text(tmp_path: Path) -> None:

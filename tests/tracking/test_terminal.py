@@ -48,15 +48,15 @@ def test_the_counts_reasons_lengths_and_places(
 ) -> None:
     lines = [line.rstrip() for line in printed(data_report, examples).splitlines()]
     assert lines[:9] == [
-        "records   100 read, 96 kept, 4 dropped, 2 truncated (2.1%)",
-        "dropped   3 empty output (first: a.jsonl:7: output is '')",
-        "dropped   1 broken JSON (first: a.jsonl:9: [/] <b> ␛[0m)",
-        "trained   1,200 of 4,800 tokens (25.0%)",
-        "packed    20 rows, 97.0% full",
-        "lengths   10 to 169 tokens, median 45",
-        f"          10 {BLOCKS[8]}{BLOCKS[5]} {BLOCKS[1]} 169",
-        "longest   169 tokens: a.jsonl:12",
-        "shortest  10 tokens: a.jsonl:3",
+        "records     100 read, 96 kept, 4 dropped, 2 truncated (2.1%)",
+        "dropped     3 empty output (first: a.jsonl:7: output is '')",
+        "dropped     1 broken JSON (first: a.jsonl:9: [/] <b> ␛[0m)",
+        "tokens      4,800, 1,200 of them trained (25.0%)",
+        "packed      20 rows, 97.0% full",
+        "lengths     10 to 169 tokens, median 45",
+        f"            10 {BLOCKS[8]}{BLOCKS[5]} {BLOCKS[1]} 169",
+        "longest     169 tokens: a.jsonl:12",
+        "shortest    10 tokens: a.jsonl:3",
     ]
     assert lines[9] == f"what is trained: the text between ⟦ and ⟧ (3 more examples in {PREVIEW})"
     assert lines[10:13] == [
@@ -155,15 +155,15 @@ def test_a_mix_names_its_sources(data_report: dict[str, Any]) -> None:
         {"name": "hub", "weight": 1, "records_kept": 36, "tokens": 1800},
     ]
     shown = printed(data_report | {"sources": sources}, [])
-    assert "source    [b]a: weight 3, 60 records, 3,000 tokens" in shown
-    assert "source    hub: weight 1, 36 records, 1,800 tokens" in shown
+    assert "source      [b]a: weight 3, 60 records, 3,000 tokens" in shown
+    assert "source      hub: weight 1, 36 records, 1,800 tokens" in shown
 
 
 def test_a_report_of_an_older_run_prints_what_it_has() -> None:
     old = {"records_read": 5, "records_kept": 4, "records_dropped": {"empty": 1}, "records_truncated": 0}
     assert [line.rstrip() for line in printed(old, []).splitlines()] == [
-        "records   5 read, 4 kept, 1 dropped, 0 truncated",
-        "dropped   1 empty",
+        "records     5 read, 4 kept, 1 dropped, 0 truncated",
+        "dropped     1 empty",
     ]
     assert printed({}, None).strip() == ""
 
@@ -172,5 +172,5 @@ def test_documents_of_one_length_need_no_histogram(data_report: dict[str, Any]) 
     same = {"mean": 64.0, "median": 64.0, "shortest": 64, "longest": 64}
     histogram = {"edges": [64, 65], "counts": [96]}
     shown = printed(data_report | {"tokens_per_record": same, "length_histogram": histogram}, [])
-    assert "lengths   64 tokens each" in shown
+    assert "lengths     64 tokens each" in shown
     assert "longest" not in shown

@@ -31,10 +31,27 @@ class LmlabSweeper(Sweeper):
         sys.exit(sweep(arguments, config_loader=self.hydra_context.config_loader, master=self.config))
 
 
+class TokenizerSweeper(LmlabSweeper):
+    """``-m`` of scripts/train_tokenizer.py: no runs, but a page that compares the tokenizers."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Train and measure all of them and leave with the exit code."""
+        from lmlab.tokenizer_lab.compare import compare
+
+        assert self.hydra_context is not None
+        sys.exit(compare(arguments, config_loader=self.hydra_context.config_loader, master=self.config))
+
+
 ConfigStore.instance().store(
     group="hydra/sweeper",
     name="lmlab",
     # Sweeps of an experiment file: {optim.lr: "1e-3,1e-4"}, as they would stand on the command line.
     node={"_target_": f"{__name__}.LmlabSweeper", "params": {}},
+    provider="lmlab",
+)
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="lmlab_tokenizers",
+    node={"_target_": f"{__name__}.TokenizerSweeper", "params": {}},
     provider="lmlab",
 )

@@ -17,8 +17,17 @@ BASE = "base"
 """How the model without any adapter is called."""
 
 
-def chosen_sampler(own: Mapping[str, Any], name: str | None, changes: Mapping[str, Any]) -> SamplerConfig:
+def chosen_sampler(
+    own: Mapping[str, Any],
+    name: str | None,
+    changes: Mapping[str, Any],
+    *,
+    also: Mapping[str, Mapping[str, Any]] | None = None,
+) -> SamplerConfig:
     """The sampler ``name``; None: the run's ``own`` ({} for none: greedy). With ``changes`` over it.
+
+    Args:
+        also: samplers besides those of conf/sampler, see `lmlab.plugged.samplers_of`.
 
     Raises:
         UserError: no such sampler, a setting it does not have, or a value out of range.
@@ -28,7 +37,7 @@ def chosen_sampler(own: Mapping[str, Any], name: str | None, changes: Mapping[st
 
     if name is None and own:
         return load_sampler({**own, **changes})
-    return named_sampler(name or "greedy", changes)
+    return named_sampler(name or "greedy", changes, also=also)
 
 
 def common_settings(sampler: SamplerConfig) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from typing import Any
 
 from lmlab.config.errors import UNKNOWN_KEY, combined, hydra_error, unknown_key, validation_problems
 from lmlab.config.plaintext import refuse_secrets, without_secrets
+from lmlab.config.shorthand import CONF, named_optimizer, own_sampler_by_name
 from lmlab.journal import RunDir, beside
 from lmlab.records import RunFailedError, UserError
 from lmlab.registry import load_plugins, suggest
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
 NO_EFFECT_ON_RESULT = (
     "run_name",
     "output_root",
@@ -32,8 +32,8 @@ NO_EFFECT_ON_RESULT = (
 )
 
 
-def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "train") -> int:
-    """Run ``function(composed config, overrides)`` under Hydra; the exit code.
+def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "train", own: str = "") -> int:
+    """Run ``function(composed config, overrides)`` under Hydra; the exit code. ``own``: a key of the file that is no run's.
 
     Hydra handles its own flags (--help, --cfg, --multirun, --config-dir, tab completion).
     """
@@ -61,7 +61,7 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
         except (HydraException, OmegaConfBaseException) as error:
             if flags.multirun:
                 raise hydra_error(error) from error
-            raise _all_wrong(error, flags, config_name) from error
+            raise _all_wrong(error, flags, config_name, own) from error
         # The work itself is done outside Hydra, which would wrap its errors in reports of its own.
         return function(*composed[0]) if composed else 0
     except UserError as error:
@@ -71,6 +71,27 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
         return 130
     except SystemExit as error:  # --help and --version
         return error.code if isinstance(error.code, int) else 0
+    except BrokenPipeError:  # `--help | head`: whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def compose_config(overrides: Sequence[str] = ()) -> Any:
+    """The `RunConfig` of ``python train.py OVERRIDES``, for Python code that has no command line.
+
+    Raises:
+        UserError: an override that does not compose, or a value that is not allowed.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = compose("train", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise hydra_error(error) from error
+    return to_run_config(composed)
 
 
 def _check_command_line(arguments: Sequence[str]) -> Any:
@@ -140,7 +161,7 @@ def _hydra_has(key: str) -> bool:
     return True
 
 
-def _all_wrong(error: BaseException, flags: Any, config_name: str) -> UserError:
+def _all_wrong(error: BaseException, flags: Any, config_name: str, own: str) -> UserError:
     """What Hydra refused, together with everything else that is wrong on that command line.
 
     Hydra stops at its first error. So each refused override is forced in (an unknown key, which pydantic then
@@ -149,6 +170,7 @@ def _all_wrong(error: BaseException, flags: Any, config_name: str) -> UserError:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     folder = str(Path(flags.config_dir).absolute()).replace("'", "\\'") if flags.config_dir else None
@@ -171,7 +193,7 @@ def _all_wrong(error: BaseException, flags: Any, config_name: str) -> UserError:
         except (HydraException, OmegaConfBaseException) as next_error:
             error = next_error
             continue
-        _, more = validate(composed)
+        _, more = validate(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != own]))
         return combined([*problems, *more] or [_unknown_word(composed, _key_of(forced[0]))])
 
 
@@ -262,7 +284,7 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
     if isinstance(plugins, list) and all(isinstance(name, str) for name in plugins):
         load_plugins(plugins)
     refuse_secrets(values)
-    values = _named_optimizer(values)
+    values = own_sampler_by_name(named_optimizer(values))
     model = run_config_class()
     try:
         config = model.model_validate(values)
@@ -272,36 +294,6 @@ def validate(composed: Any) -> tuple[Any, list[UserError]]:
     refuse_secrets(config.model_dump(mode="json"), by_key=False)
     problems = list(broken_rules(config))
     return (None if problems else config), problems
-
-
-def _named_optimizer(values: dict[str, Any]) -> dict[str, Any]:
-    """``optim.name=sgd`` is as good as ``optim=sgd``: fields the named optimizer lacks go, those it needs come from its YAML."""
-    from omegaconf import OmegaConf
-
-    from lmlab import registry
-
-    given = values.get("optim")
-    if not isinstance(given, dict) or given.get("name") not in registry.optimizers.names():
-        return values
-    fields = registry.optimizers.class_of(given["name"]).model_fields
-    file = CONF / "optim" / f"{given['name']}.yaml"
-    usual = values_of_defaults("optim")
-    foreign = [key for key in given if key not in fields and given[key] == usual.get(key)]
-    if not foreign or not file.is_file():
-        return values
-    own: Any = OmegaConf.to_container(OmegaConf.load(file))
-    kept = {key: value for key, value in given.items() if key not in foreign}
-    return {**values, "optim": {**own, **kept}}
-
-
-def values_of_defaults(group: str) -> dict[str, Any]:
-    """The YAML of a group's default option, as train.yaml names it."""
-    from omegaconf import OmegaConf
-
-    defaults: Any = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml"), resolve=False)
-    option = next(d[group] for d in defaults["defaults"] if isinstance(d, dict) and group in d)
-    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
-    return content
 
 
 def _plain(composed: Any) -> dict[Any, Any]:

@@ -12,18 +12,27 @@ from lmlab.records import UserError
 from lmlab.registry import suggest
 
 
-def named_sampler(name: str, overrides: Mapping[str, Any] | None = None) -> SamplerConfig:
+def named_sampler(
+    name: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    also: Mapping[str, Mapping[str, Any]] | None = None,
+) -> SamplerConfig:
     """The sampler ``name`` with some values changed.
 
     Args:
         name: a file of conf/sampler (``top_p``); the files of its defaults list come first, as for Hydra.
+        also: further samplers by name, as those in a run's config; a file of conf/sampler goes before them.
         overrides: field -> value; a constraint of the base class or a field of that kind.
 
     Raises:
         UserError: no such sampler, a field that it does not have, or a value out of range.
     """
     if name not in sampler_names():  # also a path, which would be read as a file
-        raise UserError(f"unknown sampler '{name}'", where="sampler", fix=suggest(name, sampler_names()))
+        if also and name in also:
+            return load_sampler({**also[name], **(overrides or {})})
+        known = sorted({*sampler_names(), *(also or ())})
+        raise UserError(f"unknown sampler '{name}'", where="sampler", fix=suggest(name, known))
     return load_sampler({**_values(CONF / "sampler" / f"{name}.yaml"), **(overrides or {})})
 
 

@@ -11,7 +11,7 @@ from lmlab.records import UserError
 
 _SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd"}
 _SPECIAL_TOKENS = {"bos", "eos", "pad", "unk", "sep", "cls", "mask"}  # bos_token and the like are no secrets
-_SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN")
+_SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _KNOWN_SECRETS = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|wandb_v1_[A-Za-z0-9_]{16,}|(ghp|github_pat)_[A-Za-z0-9_]{16,})"
 )
@@ -25,7 +25,7 @@ def without_secrets(text: str) -> str:
 def refuse_secrets(values: Any, path: str = "", *, by_key: bool = True) -> None:
     """Refuse a literal secret: config.yaml, W&B and checkpoints would all carry it.
 
-    A value is one if it has the shape of a known token, is what WANDB_API_KEY or HF_TOKEN hold, or stands under a
+    A value is one if it has the shape of a known token, is what WANDB_API_KEY, HF_TOKEN or AWS's variables hold, or stands under a
     key one of whose words is key, token, secret or password (eos_token and its like aside) and is not empty.
 
     Args:

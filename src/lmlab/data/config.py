@@ -7,9 +7,7 @@ with the place (``on_bad_record=error``) or counts it (``skip``): nothing disapp
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -17,11 +15,9 @@ from pydantic import Field
 from lmlab.data.intake import Intake
 from lmlab.records import Record
 from lmlab.registry import Config
+from lmlab.remote import cache_root
 
-
-def cache_root() -> Path:
-    """The folder of everything that can be made again: LMLAB_CACHE, or ``~/.cache/lmlab``."""
-    return Path(os.environ.get("LMLAB_CACHE") or Path.home() / ".cache" / "lmlab").expanduser().absolute()
+__all__ = ["DataConfig", "cache_root", "counted", "guess_format"]
 
 
 class DataConfig(Config):

@@ -1,10 +1,11 @@
-"""Encode a corpus of any size into shards, by several processes, resumable after a kill at any time.
+"""Encode a corpus of any size into shards, by several workers, resumable after a kill at any time.
 
 Two passes. The first hashes every document (fast): that fixes the split, proves that the input is what it was when an
 interrupted run began, and finds bad records before hours of work. The second encodes: a unit of the input
 (documents.py) becomes one shard per split, written under temporary names, made durable and renamed, and then noted in
-``units/NUMBER.json``. What is noted is done; a kill loses the units being written. Which process did what leaves no
-trace: the bytes are the same for any number of them.
+``units/NUMBER.json``. What is noted is done; a kill loses the units being written. Which worker did what leaves no
+trace: the bytes are the same for any number of them, processes of this machine (crew.py) or actors of a Ray cluster
+(ray_crew.py), written to a folder or to a URL (store.py).
 
     DIR/index.json    tokenizer, settings, sources with their hashes, and the report: written last
     DIR/train, val    shards (shards.py); ``start`` is a single EOS, so that the first document is predicted from it too
@@ -15,23 +16,20 @@ trace: the bytes are the same for any number of them.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import json
-import os
-import shutil
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmlab.data.crew import Crew
+from lmlab.data.crew import Crew, Progress, Team
 from lmlab.data.documents import Part, plan_units
-from lmlab.data.readers import raw_pieces
 from lmlab.data.shards import INDEX, ShardWriter, write_index
+from lmlab.data.store import StorageProbe, Store, store_at
 from lmlab.data.units import (
     UNITS,
     CorpusEncoder,
@@ -40,7 +38,6 @@ from lmlab.data.units import (
     UnitJob,
     encode_unit,
     scan_unit,
-    write_json,
 )
 from lmlab.records import UserError
 
@@ -81,116 +78,132 @@ class CorpusIndex:
     report: dict[str, Any]
 
     @classmethod
-    def load(cls, folder: Path) -> CorpusIndex:
-        """Read ``folder``'s index.
+    def load(cls, place: Path | str) -> CorpusIndex:
+        """Read the index of the corpus at a path or URL.
 
         Raises:
             UserError: nothing there, or not finished.
         """
+        store = store_at(place)
         try:
-            return cls(**json.loads((folder / INDEX).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            unfinished = (folder / PLAN).exists()
+            return cls(**store.read(INDEX))
+        except TypeError as error:
+            unfinished = store.size(PLAN) is not None
             raise UserError(
                 "this corpus is not finished" if unfinished else "no corpus made by tokenize_corpus.py",
-                where=str(folder),
+                where=str(store),
                 fix="run the same tokenize_corpus.py command again" if unfinished else "check the path",
             ) from error
 
 
+StartTeam = Callable[[CorpusEncoder, int, Progress, StorageProbe], AbstractContextManager[Team[Any]]]
+"""Makes the workers: (encoder, at most so many, progress, what each has to show first where it runs elsewhere)."""
+
+
+def local_team(
+    encoder: CorpusEncoder, workers: int, progress: Progress, probe: StorageProbe
+) -> AbstractContextManager[Team[Any]]:
+    """Processes of this machine, which need no probe."""
+    return Crew(encoder, workers, progress)
+
+
 def build_corpus(
     files: Sequence[Path],
-    folder: Path,
+    place: Path | str,
     encoder: CorpusEncoder,
     options: CorpusOptions,
     *,
     tokenizer_hash: str,
     save_tokenizer: Callable[[Path], object],
     workers: int,
+    team: StartTeam = local_team,
     overwrite: bool = False,
     verify: bool = False,
-    progress: Callable[[str, int, int], object] = lambda stage, done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> CorpusIndex:
-    """Write the corpus of ``files`` to ``folder``, going on where an interrupted run of the same kind stopped.
+    """Write the corpus of ``files`` to ``place``, going on where an interrupted run of the same kind stopped.
 
     Args:
+        place: a folder or a URL.
         save_tokenizer: writes the tokenizer into a directory.
-        workers: processes; has no influence on what is written.
+        workers: at most so many; neither they nor ``team`` have an influence on what is written.
         overwrite: begin anew whatever is there.
         verify: hash what an interrupted run left, and not only look at sizes.
         progress: called with the stage, and bytes done and in all.
 
     Raises:
-        UserError: nothing to encode, a bad record, or a folder of other settings, input or tokenizer.
+        UserError: nothing to encode, a bad record, or a place of other settings, input or tokenizer.
         RunFailedError: a worker died, or the disk is full; what is finished stays.
     """
-    if encoder.eos_token_id is None:
-        fix = "set eos_token in its tokenizer_config.json"
-        raise UserError("the tokenizer has no end-of-text token", where="--tokenizer", fix=fix)
-    plan = {
-        "format": FORMAT,
-        "tokenizer_hash": tokenizer_hash,
-        "vocab_size": encoder.vocab_size,
-        "eos_token_id": encoder.eos_token_id,
-        "settings": asdict(options),
-    }
-    with _locked(folder, overwrite=overwrite):
-        kept = _read(folder / INDEX) or _read(folder / PLAN)
-        _refuse_other(kept, plan, folder)
+    plan = _begun_plan(encoder, options, tokenizer_hash)
+    store = store_at(place)
+    with _opened(store, overwrite=overwrite):
+        kept = store.read(INDEX) or store.read(PLAN)
+        _refuse_other(kept, plan, store)
+        store.drop_leftovers()
         units = plan_units(files, shard_bytes=options.shard_bytes)
-        with Crew(encoder, min(workers, len(units)), progress) as crew:
+        with (
+            _probe(store, files) as probe,
+            team(encoder, min(workers, len(units)), progress, probe) as crew,
+        ):
             facts = _scanned(units, options, crew)
             plan["sources"] = [
                 {**asdict(part), "sha256": digest}
                 for unit, about in zip(units, facts, strict=True)
                 for part, digest in zip(unit, about.hashes, strict=True)
             ]
-            _refuse_other(kept, plan, folder)
-            if not (folder / INDEX).exists():
-                write_json(folder / PLAN, plan)
-                _clear_leftovers(folder)
-                save_tokenizer(folder / "tokenizer")
-                jobs = _jobs(units, facts, folder, options)
-                open_jobs = [job for job in jobs if _finished(job, verify=verify) is None]
-                total, left = (sum(job.num_bytes for job in each) for each in (jobs, open_jobs))
-                crew.run("encode", encode_unit, open_jobs, total=total, done=total - left)
-                _finish(folder, plan, jobs, encoder)
-    _drop_working_files(folder)
-    return CorpusIndex.load(folder)
+            _refuse_other(kept, plan, store)
+            if store.size(INDEX) is None:
+                store.write(PLAN, plan)
+                with store.staged() as folder:
+                    save_tokenizer(folder / "tokenizer")
+                jobs = _jobs(units, facts, store, options)
+                _encode(store, jobs, crew, verify=verify)
+                _finish(store, plan, jobs, encoder)
+    store.remove(UNITS, PLAN)
+    store.drop_leftovers()
+    return CorpusIndex.load(place)
+
+
+def _begun_plan(encoder: CorpusEncoder, options: CorpusOptions, tokenizer_hash: str) -> dict[str, Any]:
+    """What has to be the same for a run to go on with another's work; the sources follow when they are hashed."""
+    if encoder.eos_token_id is None:
+        fix = "set eos_token in its tokenizer_config.json"
+        raise UserError("the tokenizer has no end-of-text token", where="--tokenizer", fix=fix)
+    return {
+        "format": FORMAT,
+        "tokenizer_hash": tokenizer_hash,
+        "vocab_size": encoder.vocab_size,
+        "eos_token_id": encoder.eos_token_id,
+        "settings": asdict(options),
+    }
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, *, overwrite: bool) -> Iterator[None]:
-    """The folder, made if need be, for one run alone; emptied under ``overwrite``."""
-    ours = (folder / INDEX).exists() or (folder / PLAN).exists()
-    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("not empty, and no corpus", where=str(folder), fix="choose another --to")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot be made: {error.strerror or error}", where=str(folder), fix="choose another --to"
-        ) from error
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            fix = "wait for it, or choose another --to"
-            raise UserError("another process is writing this corpus", where=str(folder), fix=fix) from error
+def _opened(store: Store, *, overwrite: bool) -> Iterator[None]:
+    """The store for one run alone; emptied under ``overwrite``."""
+    if store.size(INDEX) is None and store.size(PLAN) is None and not store.is_empty():
+        raise UserError("not empty, and no corpus", where=str(store), fix="choose another --to")
+    with store.locked():
         if overwrite:
-            for name in (INDEX, PLAN):  # first, so that a kill here leaves no finished-looking corpus
-                (folder / name).unlink(missing_ok=True)
-            write_json(folder / PLAN, {"format": FORMAT})
-            for name in (*SPLITS, UNITS, "tokenizer"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / PLAN).unlink()
+            store.write(PLAN, {"format": FORMAT})  # a kill from here on leaves no finished-looking corpus
+            store.remove(INDEX, *SPLITS, UNITS, "tokenizer", PLAN)
         yield
+
+
+@contextlib.contextmanager
+def _probe(store: Store, files: Sequence[Path]) -> Iterator[StorageProbe]:
+    """For workers elsewhere; its file is there as long as they may start."""
+    some = dict.fromkeys((*files[:1], *files[-1:]))
+    name = f"here-{secrets.token_hex(8)}.tmp"
+    store.write(name, {})
+    try:
+        yield StorageProbe(store, tuple((str(file), file.stat().st_size) for file in some), name)
     finally:
-        os.close(lock)
+        store.remove(name)
 
 
-def _refuse_other(kept: dict[str, Any], plan: dict[str, Any], folder: Path) -> None:
+def _refuse_other(kept: dict[str, Any], plan: dict[str, Any], store: Store) -> None:
     """Refuse to go on with (or to take as finished) what was made otherwise; looks only at what ``plan`` says yet."""
     if not kept:
         return
@@ -205,7 +218,7 @@ def _refuse_other(kept: dict[str, Any], plan: dict[str, Any], folder: Path) -> N
     if differ:
         raise UserError(
             f"this corpus was begun with other settings or input: {'; '.join(differ)}",
-            where=str(folder),
+            where=str(store),
             fix="use the same ones, another --to, or --overwrite",
         )
 
@@ -220,7 +233,7 @@ def _other_sources(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list
     return [f"{len(old)} parts of files, now {len(new)}"] if len(old) != len(new) else []
 
 
-def _scanned(units: list[tuple[Part, ...]], options: CorpusOptions, crew: Crew) -> list[UnitFacts]:
+def _scanned(units: list[tuple[Part, ...]], options: CorpusOptions, crew: Team[Any]) -> list[UnitFacts]:
     """Facts of every unit; a limit on documents cuts off what lies behind it."""
     total = sum(part.end - part.start for unit in units for part in unit)
     jobs = [ScanJob(unit, options.on_bad_record, options.column) for unit in units]
@@ -237,7 +250,7 @@ def _scanned(units: list[tuple[Part, ...]], options: CorpusOptions, crew: Crew) 
 
 
 def _jobs(
-    units: list[tuple[Part, ...]], facts: list[UnitFacts], folder: Path, options: CorpusOptions
+    units: list[tuple[Part, ...]], facts: list[UnitFacts], store: Store, options: CorpusOptions
 ) -> list[UnitJob]:
     documents = sum(about.documents for about in facts)
     if not documents:
@@ -256,7 +269,7 @@ def _jobs(
         UnitJob(
             number=number,
             parts=unit,
-            folder=folder,
+            store=store,
             on_bad_record=options.on_bad_record,
             column=options.column,
             limit=about.documents if about.is_cut else None,
@@ -266,6 +279,14 @@ def _jobs(
         for number, (unit, about) in enumerate(zip(units, facts, strict=True))
         if about.documents or about.read
     ]
+
+
+def _encode(store: Store, jobs: list[UnitJob], crew: Team[Any], *, verify: bool) -> None:
+    """Those that are not done yet."""
+    notes = _finished(store, jobs, verify=verify)
+    left = [job for job, note in zip(jobs, notes, strict=True) if not note]
+    total, open_bytes = (sum(job.num_bytes for job in each) for each in (jobs, left))
+    crew.run("encode", encode_unit, left, total=total, done=total - open_bytes)
 
 
 def _cut(only: UnitFacts, val_fraction: float) -> int:
@@ -278,40 +299,40 @@ def _cut(only: UnitFacts, val_fraction: float) -> int:
     return end
 
 
-def _finished(job: UnitJob, *, verify: bool = False) -> dict[str, Any] | None:
-    """What the unit's note says, if all it speaks of is there."""
-    note = _read(job.note)
-    for split, entry in note.get("entries", {}).items():
-        sizes = {
-            "tokens": entry["tokens"] * np.dtype(entry["dtype"]).itemsize,
-            "offsets": 8 * (entry["documents"] + 1),
-        }
-        for kind, size in sizes.items():
-            file = job.folder / split / f"{entry['name']}.{kind}"
-            if not file.is_file() or file.stat().st_size != size:
-                return None
-            if verify and _hash(file) != entry["sha256"][kind]:
-                return None
-    return note or None
+def _finished(store: Store, jobs: list[UnitJob], *, verify: bool = False) -> list[dict[str, Any]]:
+    """What the note of each unit says, if all it speaks of is there; else {}."""
+    there = store.sizes()
+    notes = iter(store.read_many([job.note for job in jobs if job.note in there]))
+    found = [next(notes) if job.note in there else {} for job in jobs]
+
+    def is_whole(note: dict[str, Any]) -> bool:
+        for split, entry in note.get("entries", {}).items():
+            sizes = {
+                "tokens": entry["tokens"] * np.dtype(entry["dtype"]).itemsize,
+                "offsets": 8 * (entry["documents"] + 1),
+            }
+            for kind, size in sizes.items():
+                file = f"{split}/{entry['name']}.{kind}"
+                if there.get(file) != size:
+                    return False
+                if verify and store.sha256(file) != entry["sha256"][kind]:
+                    return False
+        return True
+
+    return [note if is_whole(note) else {} for note in found]
 
 
-def _hash(file: Path) -> str:
-    digest = hashlib.sha256()
-    for piece in raw_pieces(file):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _finish(folder: Path, plan: dict[str, Any], jobs: list[UnitJob], encoder: CorpusEncoder) -> None:
+def _finish(store: Store, plan: dict[str, Any], jobs: list[UnitJob], encoder: CorpusEncoder) -> None:
     """Indexes of the splits and, last, of the corpus."""
-    notes = [note for job in jobs if (note := _finished(job)) is not None]
-    assert len(notes) == len(jobs)
-    for split in SPLITS:
-        start = ShardWriter(folder / split, "start", vocab_size=encoder.vocab_size, flags=False)
-        start.add(np.asarray([encoder.eos_token_id]))
-        entries = [note["entries"][split] for note in notes if split in note["entries"]]
-        write_index(folder / split, [start.close(), *entries], bos_token_id=encoder.bos_token_id)
-    write_json(folder / INDEX, {**plan, "report": _report(notes, with_bos=encoder.bos_token_id is not None)})
+    notes = _finished(store, jobs)
+    assert all(notes)
+    with store.staged() as folder:
+        for split in SPLITS:
+            start = ShardWriter(folder / split, "start", vocab_size=encoder.vocab_size, flags=False)
+            start.add(np.asarray([encoder.eos_token_id]))
+            entries = [note["entries"][split] for note in notes if split in note["entries"]]
+            write_index(folder / split, [start.close(), *entries], bos_token_id=encoder.bos_token_id)
+    store.write(INDEX, {**plan, "report": _report(notes, with_bos=encoder.bos_token_id is not None)})
 
 
 def _report(notes: list[dict[str, Any]], *, with_bos: bool) -> dict[str, Any]:
@@ -341,22 +362,3 @@ def _report(notes: list[dict[str, Any]], *, with_bos: bool) -> dict[str, Any]:
         "supervised_tokens": sum(side["supervised_tokens"] for side in sides.values()),
         **sides,
     }
-
-
-def _clear_leftovers(folder: Path) -> None:
-    for split in (*SPLITS, UNITS):
-        for file in (folder / split).glob("*.tmp"):
-            file.unlink()
-
-
-def _drop_working_files(folder: Path) -> None:
-    shutil.rmtree(folder / UNITS, ignore_errors=True)
-    (folder / PLAN).unlink(missing_ok=True)
-    _clear_leftovers(folder)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -1,4 +1,6 @@
-"""Which local files a path means, a key of their content, and their records (readers.py, tables.py).
+"""Which files a path means, a key of their content, and their records (readers.py, tables.py).
+
+Files at a URL (``s3://bucket/folder``) are read from their copies on this machine (lmlab/remote.py).
 
 ``where`` of a record is what a person would open: ``train.jsonl:17``, ``list.json[3]``, ``rows.parquet[3]``.
 """
@@ -26,6 +28,7 @@ from lmlab.data.readers import (
 from lmlab.data.tables import read_csv, read_parquet
 from lmlab.records import Record, UserError
 from lmlab.registry import suggest
+from lmlab.remote import Remote, copy_of, fetch, is_url, without_file_scheme
 
 __all__ = ["BOM", "TEXT_SUFFIXES", "Intake", "data_suffix", "files_key", "find_files", "read_file"]
 
@@ -42,7 +45,7 @@ READERS: dict[str, Callable[[Path, Intake], Iterator[Record]]] = {
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The file, the readable files of the folder (sorted) or the matches of the glob that ``pattern`` means.
+    """The file, the readable files of the folder (sorted) or the matches of the glob that ``pattern``, a path or URL, means.
 
     Raises:
         UserError: nothing there, or a suffix that is not read.
@@ -50,6 +53,9 @@ def find_files(pattern: str) -> list[Path]:
     fix = f"a {'/'.join(READERS)} file or a .gz of one, a folder or a glob of them"
     if not pattern.strip():
         raise UserError("no data file given", where="data.path", fix=fix)
+    if is_url(pattern):
+        return _copies(Remote(pattern), fix)
+    pattern = without_file_scheme(pattern)
     try:
         path = Path(pattern).expanduser()
         if path.is_dir():
@@ -73,6 +79,19 @@ def find_files(pattern: str) -> list[Path]:
 def _is_data(file: Path) -> bool:
     """A file, or a link to nothing, which is reported and not passed over; a pipe would be waited for without end."""
     return file.is_file() or (file.is_symlink() and not file.exists())
+
+
+def _copies(source: Remote, fix: str) -> list[Path]:
+    """Copies of the file, the readable ones below the prefix or the matches of the glob."""
+    files = source.files()
+    named = [url for url in files if url.rstrip("/") == source.url.rstrip("/")]
+    chosen = [url for url in files if data_suffix(Path(url)) in READERS and "/." not in url]
+    if named and not chosen:
+        raise _unknown_suffix(Path(source.url))
+    if not chosen:
+        what = f"no data file at {source}" + (f", which has {len(files)} others" if files else "")
+        raise UserError(what, where="data.path", fix=f"{fix}; check AWS_ENDPOINT_URL")
+    return [fetch(Remote(url), copy_of(url), about=files[url]) for url in chosen]
 
 
 def _in_folder(folder: Path, fix: str) -> list[Path]:

@@ -322,20 +322,25 @@ def _check_columns(config: DataConfig, format_name: str, plan: SplitPlan) -> Non
 
 def training_texts(config: DataConfig, *, task: str) -> Iterator[str]:
     """The texts of the training side, for training a tokenizer that never sees the others."""
+    return (text for _, text in side_texts(config, task=task, side="train"))
+
+
+def side_texts(config: DataConfig, *, task: str, side: str) -> Iterator[tuple[Record, str]]:
+    """The records of one side (``train``, ``val`` or ``test``) with the texts they become."""
     if isinstance(config, MixData):
         for _, _, part in config.parts():
-            yield from training_texts(part, task=task)
+            yield from side_texts(part, task=task, side=side)
         return
     intake = Intake(config.on_bad_record)
     format_name = config.format_for(task)
     options = _options(config, task=task, render_chat=_plain_chat)
     format = formats.get(format_name)
     plan = _plan(config, task=task, format_name=format_name)
-    for side, record in plan.sides(config.records(intake, task=task)):
-        if side != "train":
+    for of_side, record in plan.sides(config.records(intake, task=task)):
+        if of_side != side:
             continue
         try:
-            yield "".join(segment.text for segment in format(record, options).segments)
+            yield record, "".join(segment.text for segment in format(record, options).segments)
         except BadRecordError as error:
             intake.bad(error.reason, where=record.where, detail=error.detail)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lmlab.data.corpus import CorpusIndex
+from lmlab.data.corpus_copy import corpus_folder, fetch_shards
 from lmlab.data.order import EndlessOrder, MixedOrder
 from lmlab.data.packing import DocumentRows, MixedRows, StreamRows
 from lmlab.data.shards import INDEX, Shards
@@ -182,12 +183,12 @@ def merged_report(parts: list[tuple[str, float, dict[str, Any]]]) -> dict[str, A
 def from_shards(
     config: Any, decode: Callable[[list[int]], str], *, tokenizer_hash: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Meta of a directory of tokenize_corpus.py; nothing of it is copied or loaded.
+    """Meta of a corpus of tokenize_corpus.py: of a directory nothing is copied or loaded, of a URL all shards.
 
     Raises:
         UserError: made with another tokenizer.
     """
-    folder = Path(config.path).expanduser().absolute()
+    folder = corpus_folder(config.path)
     index = CorpusIndex.load(folder)
     if config.test_fraction:
         raise UserError(
@@ -201,6 +202,7 @@ def from_shards(
             where=str(folder),
             fix=f"tokenizer=file tokenizer.path={folder / 'tokenizer'}",
         )
+    fetch_shards(config.path)
     val = Shards(folder / "val")
     prompts = []
     for document in range(1, min(val.num_documents, 513)):

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str = "00000", *, vocab_size: int, flags: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name, self.dtype = folder, name, token_dtype(vocab_size)
+        self._own = secrets.token_hex(4)  # two machines of a cluster may have the same process id
         kinds = ("tokens", "offsets", "trained") if flags else ("tokens", "offsets")
         self._files: dict[str, BinaryIO] = {kind: self._temporary(kind).open("wb") for kind in kinds}
         self._hashes = {kind: hashlib.sha256() for kind in kinds}
@@ -53,7 +55,7 @@ class ShardWriter:
         self._write("offsets", np.zeros(1, np.int64))
 
     def _temporary(self, kind: str) -> Path:
-        return self.folder / f"{self.name}.{kind}.{os.getpid()}.tmp"
+        return self.folder / f"{self.name}.{kind}.{self._own}.tmp"
 
     def _write(self, kind: str, values: np.ndarray) -> None:
         raw = values.tobytes()

@@ -5,12 +5,14 @@ Importing this module registers them all: embedded.py (python_help, skills), hub
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from pydantic import field_validator
+
 from lmlab.data.config import DataConfig, cache_root, guess_format
+from lmlab.data.corpus_copy import corpus_folder, corpus_key
 from lmlab.data.embedded import PythonHelp, Skills
 from lmlab.data.files import files_key, find_files, read_file
 from lmlab.data.hub import HubData
@@ -18,6 +20,7 @@ from lmlab.data.intake import Intake
 from lmlab.data.mix import MixData
 from lmlab.records import Record, UserError
 from lmlab.registry import data_sources
+from lmlab.remote import is_url, refuse_credentials
 
 __all__ = [
     "DataConfig",
@@ -34,14 +37,22 @@ __all__ = [
 ]
 
 
+def _without_credentials(path: str) -> str:
+    if is_url(path):
+        refuse_credentials(path)
+    return path
+
+
 class FileData(DataConfig):
-    """Local files: one, a folder of them, or a glob; .txt .md .jsonl .json .csv .tsv .parquet, and .gz of each.
+    """Files: one, a folder of them, or a glob; .txt .md .jsonl .json .csv .tsv .parquet, and .gz of each.
 
     Attributes:
-        path: file, folder (all its readable files, sorted) or glob pattern.
+        path: file, folder (all its readable files, sorted) or glob pattern, here or at a URL (``s3://bucket/folder``).
     """
 
     path: str
+
+    _check_path = field_validator("path")(_without_credentials)
 
     def files(self) -> list[Path]:
         """The files meant by ``path``, in order.
@@ -84,39 +95,32 @@ class JsonlData(FileData):
 
 @data_sources.register
 class ShardsData(DataConfig):
-    """Token ids made before by scripts/tokenize_corpus.py, used where they lie.
+    """Token ids made before by scripts/tokenize_corpus.py, used where they lie; of a URL, from a copy on this machine.
 
     Attributes:
-        path: the directory, with its index.json.
+        path: the directory or URL (``s3://bucket/prefix``), with its index.json.
     """
 
     kind: Literal["shards"]
     path: str
 
+    _check_path = field_validator("path")(_without_credentials)
+
     def format_for(self, task: str) -> str:
         return "text"
 
     def content_key(self) -> str:
-        """Hash of the index, which has the hashes of all shards.
+        """Hash of the place and the index.
 
         Raises:
-            UserError: no such directory, or one without an index.
+            UserError: nothing there, or no index.
         """
-        index = Path(self.path).expanduser().absolute() / "index.json"
-        try:
-            # With the place, as nothing of it is copied.
-            return hashlib.sha256(str(index.parent).encode() + index.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(
-                f"no shards: {error.strerror or error}",
-                where=str(index),
-                fix="give the directory that scripts/tokenize_corpus.py --to has written",
-            ) from error
+        return corpus_key(self.path)
 
     def records(self, intake: Intake, *, task: str) -> Iterator[Record]:
         """Refused: only a tokenizer in training would ask for texts."""
         raise UserError(
             "shards hold token ids, not texts",
             where=f"data.path={self.path}",
-            fix=f"tokenizer=file tokenizer.path={Path(self.path) / 'tokenizer'}",
+            fix=f"tokenizer=file tokenizer.path={corpus_folder(self.path) / 'tokenizer'}",
         )

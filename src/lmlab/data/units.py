@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from lmlab.data.crew import Tick
 from lmlab.data.documents import Part, TextDocument, part_hash, read_documents
 from lmlab.data.files import Intake
 from lmlab.data.shards import ShardWriter
+from lmlab.data.store import Store
 
 UNITS = "units"
 BATCH_CHARS = 2**17
@@ -82,7 +81,7 @@ class UnitJob:
 
     number: int
     parts: tuple[Part, ...]
-    folder: Path
+    store: Store
     on_bad_record: str
     column: str
     limit: int | None
@@ -95,9 +94,9 @@ class UnitJob:
         return sum(part.end - part.start for part in self.parts)
 
     @property
-    def note(self) -> Path:
-        """Stands there once the unit is done."""
-        return self.folder / UNITS / f"{self.number:05d}.json"
+    def note(self) -> str:
+        """The name of the file that stands in the store once the unit is done."""
+        return f"{UNITS}/{self.number:05d}.json"
 
 
 def scan_unit(job: ScanJob, encoder: object, tick: Tick) -> UnitFacts:
@@ -138,8 +137,8 @@ def _documents(
 def encode_unit(job: UnitJob, encoder: CorpusEncoder, tick: Tick) -> None:
     """Write the unit's shards, then its note."""
     intake = Intake(job.on_bad_record)
-    with contextlib.ExitStack() as stack:
-        sides = {split: _Side(job, split, encoder) for split in ("train", "val")}
+    with job.store.staged() as folder, contextlib.ExitStack() as stack:
+        sides = {split: _Side(folder / split, f"{job.number:05d}", encoder) for split in ("train", "val")}
         for side in sides.values():
             stack.callback(side.discard)
         for document in _documents(job.parts, intake, job.column, job.limit, tick):
@@ -153,21 +152,21 @@ def encode_unit(job: UnitJob, encoder: CorpusEncoder, tick: Tick) -> None:
                 else:
                     side.add_long(document.pieces(), tick if document.file else lambda count: None)
         entries = {split: entry for split, side in sides.items() if (entry := side.close()) is not None}
-        note = {
-            "entries": entries,
-            "bytes": {split: side.num_bytes for split, side in sides.items()},
-            "read": intake.read,
-            "dropped": dict(sorted(intake.dropped.items())),
-            "dropped_examples": list(intake.dropped_examples),
-        }
-        write_json(job.note, note)
+    note = {
+        "entries": entries,
+        "bytes": {split: side.num_bytes for split, side in sides.items()},
+        "read": intake.read,
+        "dropped": dict(sorted(intake.dropped.items())),
+        "dropped_examples": list(intake.dropped_examples),
+    }
+    job.store.write(job.note, note)
 
 
 class _Side:
     """One split's shard of a unit; nothing is written for a split that gets no document."""
 
-    def __init__(self, job: UnitJob, split: str, encoder: CorpusEncoder) -> None:
-        self.folder, self.name, self.encoder = job.folder / split, f"{job.number:05d}", encoder
+    def __init__(self, folder: Path, name: str, encoder: CorpusEncoder) -> None:
+        self.folder, self.name, self.encoder = folder, name, encoder
         self.num_bytes = 0
         self._writer: ShardWriter | None = None
         self._batch: list[str] = []
@@ -235,14 +234,3 @@ def _after(pieces: Iterator[str], cut: int) -> Iterator[str]:
         if len(piece) > cut:
             yield piece[max(0, cut) :]
         cut -= len(piece)
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Replace the file as a whole, durably."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from lmlab.tracking.figure_table import print_figures
 
 Columns = Sequence[tuple[str, str, str]]
 """Heading, figure, format."""
@@ -176,13 +177,11 @@ def show(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
     for about, notes in _notes(results):
         console.print(Text(f"{about}: {notes}"), soft_wrap=True)
     for title, headings, rows in tables(results):
-        table = Table(title=Text(title), title_justify="left", pad_edge=False, box=None, padding=(0, 1, 0, 0))
-        for index, heading in enumerate(headings):
-            table.add_column(Text(heading), justify="right" if index else "left", overflow="fold")
-        for name, *cells in rows:
-            clipped = name if len(name) <= MAX_NAME or title == "tasks" else name[: MAX_NAME - 1] + "…"
-            table.add_row(*(Text(cell) for cell in (clipped, *cells)))
-        console.print(table, highlight=False)
+        clipped = [
+            (name if len(name) <= MAX_NAME or title == "tasks" else name[: MAX_NAME - 1] + "…", *cells)
+            for name, *cells in rows
+        ]
+        print_figures(console, title, headings, clipped)
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:

@@ -192,13 +192,21 @@ def _require_causal(config: PretrainedConfig, *, where: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     encoder = config.model_type in _ENCODERS and not getattr(config, "is_decoder", False)
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type in _NEVER or encoder:
+    known = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or _is_registered(config)
+    if not known or config.model_type in _NEVER or encoder:
         raise UserError(
             f"'{config.model_type}' is not a causal language model"
             + (" without is_decoder" if encoder else ""),
             where=where,
             fix="choose one that is",
         )
+
+
+def _is_registered(config: PretrainedConfig) -> bool:
+    """Whether a plugin has given this config's class a model by `AutoModelForCausalLM.register`."""
+    from transformers import AutoModelForCausalLM
+
+    return type(config) in AutoModelForCausalLM._model_mapping
 
 
 def resolve_source(name_or_path: str) -> str:

@@ -55,3 +55,24 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         stored, scales = ctx.saved_tensors
         return grads[0] @ read_stored(stored, scales, ctx.shape, grads[0].dtype), None, None, None, None
+
+
+def packed_product(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """`frozen_product` of a layer that reads its weight by a method of its own (`quantize.PackedLinear.unpacked`)."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return _PackedProduct.apply(x, bias, layer)  # type: ignore[return-value]
+
+
+class _PackedProduct(torch.autograd.Function):
+    """As `_FrozenProduct`: the weight is read anew in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, layer: Any) -> torch.Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.unpacked(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0] @ ctx.layer.unpacked(grads[0].dtype), None, None

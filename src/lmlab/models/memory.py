@@ -56,6 +56,11 @@ class MemoryMeter:
         self._planned = {phase: self.base_gb + growth for phase, growth in growth_gb.items()}
 
     @property
+    def planned_gb(self) -> dict[str, float]:
+        """Phase -> planned peak in GB; empty where there is no plan."""
+        return dict(self._planned)
+
+    @property
     def current(self) -> str | None:
         """The phase now going on, as far as it is measured."""
         return self._phase

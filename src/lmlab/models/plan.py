@@ -12,7 +12,6 @@ GB are 10^9 bytes. Of malloc's heap on a CPU an allowance is in the plan (``kept
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lmlab.models import fake_storage
 from lmlab.models.attention import attention, use_packed_attention
 from lmlab.models.build import ModelConfig, decoder_layers, enable_checkpointing, standard_attention
+from lmlab.models.depth import Moments, alike, extended, num_layers, with_layers
 from lmlab.models.footprint import CUDA_GRANULE, Footprint
 from lmlab.models.fused import use_fused_layers
 from lmlab.models.hardware import move_rest_to
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 KINDS = (
     "weights",
     "adapter",
+    "gathered",
     "gradients",
     "optimizer",
     "activations",
@@ -51,11 +52,9 @@ KINDS = (
     "workspace",
     "kept free",
 )
-"""What memory is for; ``kept free`` is what malloc keeps on a CPU of blocks that were freed."""
+"""What memory is for; ``gathered``: other ranks' shares (`sharded_plan`); ``kept free``: what malloc keeps on a CPU of blocks that were freed."""
 WHOLE_UP_TO = 7  # layers up to which a model is run whole: 3 + 4 of them would take longer
 
-Moments = dict[tuple[str, str], Counter[str]]
-"""(phase, moment in it) -> bytes by kind."""
 BuildOptimizer = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -147,25 +146,19 @@ def plan(run: PlannedRun, *, whole: bool = False) -> MemoryPlan:
     Raises:
         Exception: whatever the model's own code raises without values, as where tokens are routed by value.
     """
-    layers = _num_layers(run.hf_config)
-    alike = _alike(run.hf_config) and run.adapter.same_in_all_layers
-    if whole or layers is None or layers <= WHOLE_UP_TO or not alike:
-        return _collect(run, *_measure(run, run.hf_config), layers=(layers or 0, layers or 0))
-    short, longer = (_measure(run, _with_layers(run.hf_config, n)) for n in (3, 4))
-    peaks, heap = (_extended(low, high, layers - 3) for low, high in zip(short, longer, strict=True))
-    return _collect(run, peaks, heap, layers=(layers, 7))
+    peaks, heap, layers = moments(run, whole=whole)
+    return _collect(run, peaks, heap, layers=layers)
 
 
-def _extended(short: Moments, longer: Moments, times: int) -> Moments:
-    """``times`` more layers than in ``short``, of which ``longer`` has one more."""
-    extended: Moments = {}
-    for moment in short.keys() & longer.keys():
-        low, high = short[moment], longer[moment]
-        # Counter's own minus would drop what is negative.
-        extended[moment] = Counter(
-            {kind: low[kind] + times * (high[kind] - low[kind]) for kind in low.keys() | high.keys()}
-        )
-    return extended
+def moments(run: PlannedRun, *, whole: bool = False) -> tuple[Moments, Moments, tuple[int, int]]:
+    """Live bytes at the peak of every moment, blocks of malloc, and (layers of the model, how many were run); as `plan`."""
+    layers = num_layers(run.hf_config)
+    same = alike(run.hf_config) and run.adapter.same_in_all_layers
+    if whole or layers is None or layers <= WHOLE_UP_TO or not same:
+        return *_measure(run, run.hf_config), (layers or 0, layers or 0)
+    short, longer = (_measure(run, with_layers(run.hf_config, n)) for n in (3, 4))
+    peaks, heap = (extended(low, high, layers - 3) for low, high in zip(short, longer, strict=True))
+    return peaks, heap, (layers, 7)
 
 
 def _collect(run: PlannedRun, peaks: Moments, heap: Moments, *, layers: tuple[int, int]) -> MemoryPlan:
@@ -186,33 +179,6 @@ def _collect(run: PlannedRun, peaks: Moments, heap: Moments, *, layers: tuple[in
     return MemoryPlan(phases, layers)
 
 
-# --- how deep ---------------------------------------------------------------------------------------------------------
-
-
-def _num_layers(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "num_hidden_layers", None)
-
-
-def _alike(config: PretrainedConfig) -> bool:
-    """Whether the layers are of one kind, as far as a config tells; sliding windows change no sizes worth counting."""
-    text = config.get_text_config()
-    kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()}
-    mixed = ("first_k_dense_replace", "mlp_only_layers", "attn_layer_indices", "layers_block_type")
-    return kinds <= {"full_attention", "sliding_attention", "chunked_attention"} and not any(
-        getattr(text, name, None) for name in mixed
-    )
-
-
-def _with_layers(config: PretrainedConfig, count: int) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    types = getattr(text, "layer_types", None)
-    text.num_hidden_layers = count
-    if types:
-        text.layer_types = list(types[:count])
-    return config
-
-
 # --- one model, run without memory ------------------------------------------------------------------------------------
 
 
@@ -223,7 +189,7 @@ def _measure(run: PlannedRun, hf_config: PretrainedConfig) -> tuple[Moments, Mom
         keeps_below=kept_by_malloc(checkpointing=run.model.gradient_checkpointing)[0],
     )
     with footprint.active():
-        simulation = _Simulation(run, hf_config, footprint)
+        simulation = Simulation(run, hf_config, footprint)
         simulation.train()
         simulation.evaluate()
         if run.workload.prompts:
@@ -244,7 +210,7 @@ def _names(moment: int | str, layers: int = 0) -> list[str]:
     return [*first, *last] or [f"layer {moment}"]
 
 
-class _Simulation:
+class Simulation:
     """A run's model and its phases on fake tensors; made and used under `Footprint.active`."""
 
     def __init__(self, run: PlannedRun, hf_config: PretrainedConfig, footprint: Footprint) -> None:
@@ -254,7 +220,7 @@ class _Simulation:
         self.device = torch.device("cpu")
         self.phase = "load"
         self.model = self._build(hf_config)
-        self.layers = decoder_layers(base_model(self.model), _num_layers(hf_config))
+        self.layers = decoder_layers(base_model(self.model), num_layers(hf_config))
         self._follow_layers()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in self.trained:

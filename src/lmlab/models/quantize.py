@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lmlab.models.frozen import frozen_product, read_stored
+from lmlab.models.frozen import frozen_product, packed_product, read_stored
 from lmlab.models.int4 import quantize_int4
 from lmlab.registry import Config, quants
 
@@ -206,7 +206,9 @@ def is_dense(module: Any) -> bool:
         return False
     if type(module).__name__ == "Linear4bit":
         return getattr(module.weight, "quant_state", None) is not None
-    return type(module) in (nn.Linear, StoredLinear, Int4Linear) or type(module).__name__ in (
+    if isinstance(module, PackedLinear):
+        return True
+    return type(module) in (nn.Linear, StoredLinear) or type(module).__name__ in (
         "Conv1D",
         "WeightOnlyLinear8bit",
     )
@@ -229,8 +231,8 @@ def dense_weight(module: Any, dtype: torch.dtype) -> torch.Tensor:
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None:
         return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-    if isinstance(module, Int4Linear):
-        return read_stored(weight.data, module.scales, weight_shape(module), dtype)
+    if isinstance(module, PackedLinear):
+        return module.unpacked(dtype)
     if weight.dtype == torch.int8:
         scales = module.state.SCB if module.state.SCB is not None else weight.SCB
         return read_stored(weight.data, scales, weight_shape(module), dtype)
@@ -244,11 +246,36 @@ class StoredLinear(nn.Linear):
         return frozen_product(self, input)
 
 
-class Int4Linear(nn.Linear):
-    """A linear layer stored as `int4` says, multiplied in the input's type (autocast's, if on).
+class PackedLinear(nn.Linear):
+    """A frozen linear layer whose weight is stored in a form of its own: what a `QuantConfig.apply` puts in place.
 
-    A subclass of `nn.Linear`, so that PEFT takes it for one; its weight is the packed codes, of no linear layer's shape,
-    so that whoever adds to it (PEFT's own merge) fails instead of spoiling it.
+    A subclass says how the weight is read (`unpacked`) and keeps whatever that needs besides in buffers, which count as
+    stored. LoRA, DoRA, merging, evaluation, export and the memory plan then work on it. A subclass of `nn.Linear`, so
+    that PEFT takes it for one; its weight is of no linear layer's shape, so that whoever adds to it (PEFT's own merge)
+    fails instead of spoiling it.
+
+    Args:
+        packed: uint8, of any shape; becomes ``weight``.
+        shape: ``(out, in)`` of the weight that it stands for.
+        bias: kept as it is, frozen.
+    """
+
+    def __init__(self, packed: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None) -> None:
+        super().__init__(shape[1], shape[0], bias=bias is not None, device="meta")
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight ``[out, in]`` as products use it."""
+        raise NotImplementedError
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return packed_product(self, input)
+
+
+class Int4Linear(PackedLinear):
+    """A linear layer stored as `int4` says, multiplied in the input's type (autocast's, if on).
 
     Args:
         weight: ``[out, in]``, of any floating type.
@@ -258,13 +285,13 @@ class Int4Linear(nn.Linear):
     scales: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         packed, scales = quantize_int4(weight)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        super().__init__(packed, (weight.shape[0], weight.shape[1]), bias)
         # A buffer, as `move_rest_to` casts parameters: scales stay in 32 bits.
         self.register_buffer("scales", scales)
-        if bias is not None:
-            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        return read_stored(self.weight.data, self.scales, weight_shape(self), dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return frozen_product(self, input, self.scales)
@@ -326,8 +353,8 @@ def linear_storage(model: Any) -> list[LinearStorage]:
 def _weight_tensors(module: Any) -> list[torch.Tensor]:
     """The weight and every tensor needed to read it."""
     tensors = [module.weight.data]
-    if isinstance(module, Int4Linear):
-        return [*tensors, module.scales]
+    if isinstance(module, PackedLinear):
+        return [*tensors, *module.buffers(recurse=False)]
     state = getattr(module.weight, "quant_state", None)
     if (
         state is not None

@@ -15,7 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lmlab.sweeps.jobs import Job, row_of
+from lmlab.tracking.figure_table import print_figures
 from lmlab.tracking.results import FIGURES
+from lmlab.tracking.transcript import is_drawable
 
 TAIL_BYTES = 1 << 14
 SHOWN = 30
@@ -37,7 +39,7 @@ class Board:
         self._drawn = 0.0
 
     def __enter__(self) -> Board:
-        if self.console.is_terminal:
+        if is_drawable(self.console):
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
             self._live.start()
         return self
@@ -102,19 +104,16 @@ def newest_figures(job: Job) -> dict[str, Any]:
     return found
 
 
-def outcome(jobs: Sequence[Job]) -> Table:
+def print_outcome(console: Console, jobs: Sequence[Job]) -> None:
     """All jobs with what came of them, for the end."""
-    table = Table(title="jobs", box=SIMPLE)
     columns = ("job", "status", "val/loss", "best", "exact", "trained", "bits", "peak GB", "tok/s", "seconds")
-    for column in columns:
-        left = column in ("job", "status")
-        table.add_column(column, overflow="fold", justify="left" if left else "right", no_wrap=not left)
     forms = (".4f", ".4f", ".3f", ",", ".2f", ".2f", ",.0f")
+    rows = []
     for job in jobs:
         row = row_of(job)
         figures = [_number(row[name], form) for name, form in zip(FIGURES, forms, strict=True)]
-        table.add_row(Text(job.label), job.status.split(":")[0], *figures, f"{job.seconds:.0f}")
-    return table
+        rows.append([job.label, job.status.split(":")[0], *figures, f"{job.seconds:.0f}"])
+    print_figures(console, "jobs", columns, rows, box=SIMPLE, words=2)
 
 
 def _number(value: Any, form: str) -> str:

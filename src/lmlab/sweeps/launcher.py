@@ -26,7 +26,7 @@ from lmlab.config.schema import RunConfig
 from lmlab.journal import RunDir, check_run_name, read_json, slug
 from lmlab.records import STOPPED_CODES, RefusedError, UserError
 from lmlab.start import create_run, plan_run
-from lmlab.sweeps.board import Board, newest_figures, outcome
+from lmlab.sweeps.board import Board, newest_figures, print_outcome
 from lmlab.sweeps.earlier import (
     StillRunningError,
     has_finished,
@@ -51,6 +51,7 @@ from lmlab.sweeps.jobs import (
 )
 from lmlab.tracking.compare import write_comparison
 from lmlab.tracking.results import RESULTS, write_results
+from lmlab.tracking.transcript import screen
 from lmlab.worker import SHUTDOWN_SECONDS
 
 Compose = Callable[[list[str]], Any]
@@ -72,9 +73,7 @@ def run_jobs(points: Points, *, compose: Compose, root: Path, options: Any, over
     Raises:
         UserError: the sweep's directory is taken, or the launcher cannot start jobs.
     """
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)  # a log file has no narrow screen
+    console = screen()
     sweep = _Sweep(points, compose=compose, root=root.absolute(), options=options, console=console)
     try:
         sweep.claim(overwrite=overwrite)
@@ -349,7 +348,7 @@ class _Sweep:
 
     def report(self) -> None:
         """The table, the reasons of refusals, and where the rest lies."""
-        self.console.print(outcome(self.jobs), highlight=False)
+        print_outcome(self.console, self.jobs)
         for job in self.jobs:
             if job.status.startswith("refused"):
                 self.board.say(f"job {job.number} ({job.label}) {job.status}")

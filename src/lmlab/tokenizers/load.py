@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lmlab import registry
 from lmlab.records import UserError
+from lmlab.remote import Remote, fetch_below, is_url, without_file_scheme
 from lmlab.tokenizers.convert import (
     PAIRS,
     from_sentencepiece,
@@ -77,7 +78,7 @@ class FileTokenizer(registry.Config):
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer at ``path``: a directory, one of the files below, or a hub name.
+    """The tokenizer at ``path``: a directory, one of the files below, a URL of either (``s3://``), or a hub name.
 
     Files are a tokenizer.json, a sentencepiece .model, or one of vocab.json and merges.txt (encoder.json and
     vocab.bpe) beside the other. A `Path`, and a string that starts with ``.``, ``/`` or ``~``, ends in ``.json`` or
@@ -86,6 +87,8 @@ def load_tokenizer(
     Raises:
         UserError: nothing there, no or broken tokenizer files, or the hub does not have it or is out of reach.
     """
+    if isinstance(path, str):
+        path = fetch_below(Remote(path)) if is_url(path) else without_file_scheme(path)
     if not _is_local(path):
         return _load_from_hub(str(path), revision, trust_remote_code)
     place = Path(path).expanduser()

@@ -32,9 +32,17 @@ log = logging.getLogger(__name__)
 
 BYTES = 256
 PIECE_CHARS = 2**16
-PreTokenizerName = Literal["gpt2", "digits", "llama3", "whitespace", "lines"]
+WORDLESS_CHARS = 2**10
+"""Where a text is one single word, merging in a longer piece costs the square of its length."""
+PreTokenizerName = Literal["gpt2", "digits", "llama3", "gpt4o", "whitespace", "lines", "none"]
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Llama 3's tokenizer.json, which takes over that of GPT-4 (tiktoken's cl100k_base)."""
+GPT4O_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""That of GPT-4o (tiktoken's o200k_base): a word ends where a capital follows a small letter."""
 PAD_TOKEN = "<|pad|>"
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 DEFAULT_CHAT_TEMPLATE = (
@@ -77,8 +85,9 @@ def train_bpe(
         vocab_size: all tokens together, specials and bytes included. A small corpus may hold fewer pairs than
             that: the result is then smaller (``len(tokenizer)``) and a warning says so.
         pre_tokenizer: what a merge never crosses. ``gpt2``: that model's words; ``digits``: the same with every digit
-            on its own; ``llama3``: that model's words, at most three digits together; ``whitespace``: a run of
-            anything else with the space before it; ``lines``: line ends only, so that tokens hold several words.
+            on its own; ``llama3``: that model's words (GPT-4's too), at most three digits together; ``gpt4o``: that
+            model's, which cut camelCase; ``whitespace``: a run of anything else with the space before it; ``lines``:
+            line ends only, so that tokens hold several words; ``none``: nothing, so that they hold line ends too.
         min_frequency: a pair that occurs less often is never merged.
         special_tokens: ids from 0 in this order. The first is EOS; padding is ``<|pad|>`` if listed, else EOS.
         max_chars: character budget.
@@ -102,7 +111,7 @@ def train_bpe(
         # The library merges only what stays shorter than its limit, against its documentation.
         max_token_length=None if max_token_length is None else max_token_length + 1,
     )
-    budget = TextBudget(texts, max_chars, after_lines=pre_tokenizer == "lines")
+    budget = TextBudget(texts, max_chars, cut=CUTS.get(pre_tokenizer, "words"))
     try:
         backend.train_from_iterator(budget, trainer)
     except UnicodeEncodeError as error:
@@ -120,26 +129,36 @@ def train_bpe(
     return _wrap(backend, special_tokens, chat_template)
 
 
+CUTS: dict[str, Literal["lines", "anywhere"]] = {"lines": "lines", "none": "anywhere"}
+"""Where a text may be cut for training, by pre-tokenizer; at the ends of words for all the others."""
+PLACES = {
+    "words": re.compile(r"(?<=[^\W_])(?=[ \n])"),
+    "lines": re.compile(r"(?<=\n)"),
+    "anywhere": re.compile(""),
+}
+
+
 class TextBudget:
     """The texts up to ``limit`` characters in pieces of about `PIECE_CHARS`, counting what was handed on.
 
     Args:
-        after_lines: cut after a newline; else before a space or newline that follows a letter or digit, where every
-            pattern but ``lines`` ends a word. A text without such a place stays whole.
+        cut: ``words``: before a space or newline that follows a letter or digit, where every pattern of words ends
+            one; ``lines``: after a newline; ``anywhere``: in short pieces (`WORDLESS_CHARS`), for text that has no
+            words, so that no pair across a cut is counted: one in a thousand. A text without such a place stays whole.
     """
 
-    def __init__(self, texts: Iterable[str], limit: int, *, after_lines: bool = False) -> None:
+    def __init__(
+        self, texts: Iterable[str], limit: int, *, cut: Literal["words", "lines", "anywhere"] = "words"
+    ) -> None:
         self.texts, self.limit, self.used = texts, limit, 0
-        self.places = re.compile(r"(?<=\n)" if after_lines else r"(?<=[^\W_])(?=[ \n])")
+        self.places, self.size = PLACES[cut], WORDLESS_CHARS if cut == "anywhere" else PIECE_CHARS
 
     def __iter__(self) -> Iterator[str]:
         for text in self.texts:
             end = min(len(text), self.limit - self.used)
             start = 0
             while start < end:
-                found = (
-                    self.places.search(text, start + PIECE_CHARS, end) if end - start > PIECE_CHARS else None
-                )
+                found = self.places.search(text, start + self.size, end) if end - start > self.size else None
                 stop = found.end() if found else end
                 self.used += stop - start
                 yield text[start:stop]
@@ -198,12 +217,14 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
     from tokenizers import Regex, pre_tokenizers
 
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if name == "gpt2":
-        return words
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if name in ("gpt2", "none"):
+        return words if name == "gpt2" else bytes_only
     # Each before the bytes, as StarCoder and Llama 3 have it: forms that other runtimes (llama.cpp) know too.
     cuts = {
         "digits": lambda: pre_tokenizers.Digits(individual_digits=True),
         "llama3": lambda: pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+        "gpt4o": lambda: pre_tokenizers.Split(Regex(GPT4O_PATTERN), "isolated"),
         "whitespace": lambda: pre_tokenizers.Split(Regex(r" ?\S+|\s+(?!\S)|\s+"), "isolated"),
         "lines": lambda: pre_tokenizers.Split("\n", "merged_with_previous"),
     }
@@ -212,7 +233,6 @@ def _pre_tokenizer(name: str) -> PreTokenizer:
         raise UserError(
             f"unknown pre_tokenizer '{name}'", where="tokenizer.pre_tokenizer", fix=f"one of {names}"
         )
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([cuts[name](), words if name == "digits" else bytes_only])
 
 

@@ -6,9 +6,7 @@ report does, so what is torn or missing is said and never stops it; it recompute
 
 from __future__ import annotations
 
-import base64
 import difflib
-import hashlib
 import itertools
 import os
 import urllib.parse
@@ -16,12 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from lmlab.records import UserError
 from lmlab.tracking import claims, curves, group_plots, groups, plots
 from lmlab.tracking.groups import MEASURES, Entry, Group, Measure, Result, Spread
-from lmlab.tracking.report import draw_all, templates, write_page
+from lmlab.tracking.pages import Shell, draw_all, templates, write_page
 from lmlab.tracking.values import aligned, as_written, scaled
 
 PAIRED = ("val/loss", "best", "bits_per_byte", "exact_match", "peak", "growth", "speed")
@@ -59,11 +55,9 @@ def render(
     scatter, no_scatter = draw_all(group_plots.scatter_panels(made), group_plots.draw)
     undrawn = [line for _, failures in drawn.values() for line in failures] + no_memory + no_scatter
     checked = claims.claims(made)
-    script = _script()
     return templates().get_template("compare.html.jinja").render(
         title=title,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        shell=Shell(),
         tally=_tally(results),
         notices=undrawn + _notices(made, results),
         groups=made,
@@ -87,10 +81,6 @@ def render(
         jobs=[_job(result, folder) for result in results],
         job_columns=[measure.title for measure in _chosen(SHOWN_OF_A_RUN)],
     )  # fmt: skip
-
-
-def _script() -> str:
-    return (Path(__file__).parent / "sort.js").read_text(encoding="utf-8").strip()
 
 
 def _baseline(made: Sequence[Group], label: str | None) -> Group | None:

@@ -204,7 +204,7 @@ def _draw_scatter(axes: Axes, panel: ScatterPanel) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: short(round(value, 12))))
     if panel.y[0] == "exact_match":
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     axes.set_xlabel(panel.x[1], color=plots.MUTED)
 
 

@@ -257,14 +257,14 @@ def _paint(axes: Axes, heat_map: HeatMap, *, colours: Mapping[str, str] | None =
     _paint_scale(axes, heat_map, rectangles, text=text, inch=unit)
     for level, cells in sorted(rectangles.items()):
         axes.add_patch(_patch(cells, hue, _opacity(level)))
-    small: dict[str, Any] = {"ha": "right", "fontsize": 6.5, "color": muted}
+    small: dict[str, Any] = {"ha": "right", "fontsize": 8, "color": muted}
     for y, depth, align in depths:
         axes.text(-0.012 * columns, y, str(depth), va=align, **small)
     if depths:
         axes.text(-0.012 * columns, -0.02 * unit, "block", va="bottom", **small)
     axes.set_xlim(0, columns)
     axes.set_ylim(bottom, -0.52 * unit)
-    axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=8.5)
+    axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], fontsize=10)
     axes.tick_params(axis="y", length=0, pad=16 if depths else 4, labelcolor=text)
     shown = range(0, columns, -(-columns // 6))
     axes.set_xticks([column + 0.5 for column in shown], [short(heat_map.steps[column]) for column in shown])
@@ -292,7 +292,7 @@ def _paint_scale(
             f"everywhere {short(heat_map.high)}",
             ha="left",
             va="center",
-            fontsize=8.5,
+            fontsize=10,
             color=text,
         )
         return
@@ -308,7 +308,7 @@ def _paint_scale(
             short(float(f"{value:.3g}")),
             ha=side,
             va="center",
-            fontsize=8.5,
+            fontsize=10,
             color=text,
         )
 

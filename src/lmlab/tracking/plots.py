@@ -239,7 +239,7 @@ def draw_svg(key: str, paint: Callable[[Axes], None], *, height: float, bars: bo
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False, "font.size": 10,
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": key, "text.parse_math": False, "font.size": 11.5,
                 "axes.unicode_minus": True, "path.simplify": False}  # fmt: skip
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.7, height), layout="constrained")
@@ -251,7 +251,7 @@ def draw_svg(key: str, paint: Callable[[Axes], None], *, height: float, bars: bo
         )
         if handles:
             axes.legend(*zip(*handles, strict=True), loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if bars else 2, markerscale=0.6 if bars else 1, frameon=False, labelcolor=FG,
-                        borderaxespad=0.2, handlelength=1.4, columnspacing=1.2)  # fmt: skip
+                        borderaxespad=0.2, handlelength=1.2, columnspacing=1.0, handletextpad=0.5, fontsize=10)  # fmt: skip
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue(), key)

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from lmlab.records import STOPPED_CODES, UserError
 from lmlab.tracking import layer_plots, plots
 from lmlab.tracking.data_view import DataView, Lengths, Shown
+from lmlab.tracking.pages import Shell, draw_all, templates, write_page
 from lmlab.tracking.plots import short
 from lmlab.tracking.sample_view import sample_groups
-from lmlab.tracking.values import aligned, as_written, counted, duration, flatten, shown, visible
+from lmlab.tracking.values import aligned, as_written, counted, duration, flatten
 
 RUN_FILES = ("metrics.jsonl", "samples.jsonl", "summary.json", "data_report.json", "config.yaml", "run.json")
 _WENT_WELL = {"finished", "completed", "complete", "success", "succeeded", "ok", "done"}
@@ -77,27 +74,6 @@ def write_report(run_dir: Path) -> Path:
 def is_run(path: Path) -> bool:
     """Whether a directory has any of a run's files."""
     return any((path / name).is_file() for name in RUN_FILES)
-
-
-def write_page(target: Path, page: str) -> Path:
-    """Write a page in one piece, so that nobody opens half of one.
-
-    Raises:
-        UserError: the directory cannot be written to.
-    """
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        # Half a surrogate pair, which JSON can carry and UTF-8 cannot, comes out as \udXXX.
-        with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(page)
-        os.replace(unfinished, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the report, {error.strerror}", where=str(target), fix="make its directory writable"
-        ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return target
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -290,30 +266,6 @@ def length_panel(lengths: Lengths) -> plots.Panel:
     )
 
 
-def draw_all(
-    panels: Iterable[Any], draw: Callable[[Any], str] | None = None
-) -> tuple[list[tuple[Any, Markup]], list[str]]:
-    """The plots as markup, and a sentence for each that could not be drawn."""
-    drawn, failures = [], []
-    for panel in panels:
-        try:
-            drawn.append((panel, Markup((draw or plots.draw)(panel))))
-        # Values such as 1e308 overflow inside matplotlib; the page must come out anyway.
-        except Exception as error:
-            failures.append(f"The plot '{panel.title}' could not be drawn: {type(error).__name__}: {error}.")
-    return drawn, failures
-
-
-def templates() -> jinja2.Environment:
-    """Where the pages' templates are; everything put into them is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(visible=visible, shown=shown)
-    return environment
-
-
 def mask_page(examples: Sequence[Shown]) -> str:
     """A page of the examples alone, with the trained spans marked, as W&B shows it in a panel."""
     return templates().get_template("mask.html.jinja").render(examples=examples)
@@ -331,6 +283,7 @@ def render(run: RunFiles) -> str:
         templates()
         .get_template("report.html.jinja")
         .render(
+            shell=Shell(),
             name=run.directory.resolve().name,
             command=" ".join(map(str, argv)) if isinstance(argv, list) else str(argv or ""),
             status=status(run),

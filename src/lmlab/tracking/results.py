@@ -79,7 +79,11 @@ def entries_of(path: Path) -> list[Entry]:
         return _entries_of_table(path)
     if is_run(path):
         return [Entry(path.resolve().name, path)]
-    inside = sorted((p for p in path.iterdir() if is_run(p)), key=_number) if path.is_dir() else []
+    inside = (
+        sorted((p for p in path.iterdir() if is_run(p)), key=lambda p: by_number(p.name))
+        if path.is_dir()
+        else []
+    )
     if not inside:
         what = "neither a run directory nor a sweep's" if path.is_dir() else "no such directory"
         raise UserError(
@@ -97,10 +101,10 @@ def _words(overrides: str) -> list[str]:
         return overrides.split()
 
 
-def _number(path: Path) -> tuple[int, str]:
-    """``10-adapter=lora`` after ``9-adapter=none``."""
-    first = path.name.partition("-")[0]
-    return (int(first) if first.isdecimal() and first.isascii() else 0, path.name)
+def by_number(name: str) -> tuple[int, str]:
+    """For sorting jobs: ``10-adapter=lora`` after ``9-adapter=none``."""
+    first = name.partition("-")[0]
+    return (int(first) if first.isdecimal() and first.isascii() else 0, name)
 
 
 def _entries_of_table(path: Path) -> list[Entry]:

@@ -10,11 +10,11 @@ import math
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lmlab.tracking.data_view import CLOSE, OPEN, DataView, Lengths, Shown
 from lmlab.tracking.plots import short
+from lmlab.tracking.transcript import print_rows, print_words
 from lmlab.tracking.values import counted, shown, writable
 
 EXAMPLES = 2
@@ -42,14 +42,9 @@ def print_data(
     """
     page = _Page(console)
     view = DataView.of(report, examples)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True, min_width=8)
-    table.add_column(overflow="fold")
-    for name, value in _rows(view, page):
-        table.add_row(name, Text(page.plain(value)))
-    console.print(table, highlight=False)
+    print_rows(console, [(name, page.plain(value)) for name, value in _rows(view, page)])
     for warning in view.warnings(masked=masked):
-        console.print(Text(f"warning: {warning}", "yellow"), soft_wrap=True)
+        print_words(console, f"warning: {warning}", style="yellow")
     if view.examples:
         page.examples(view.examples, preview)
 
@@ -166,12 +161,10 @@ def _rows(view: DataView, page: _Page) -> list[tuple[str, str]]:
         first = f" (first: {each.where}{detail})" if each.where else ""
         rows.append(("dropped", f"{each.count:,} {each.reason}{first}"))
     if (share := view.share("supervised_tokens", "tokens")) is not None:
-        rows.append(
-            (
-                "trained",
-                f"{view.count('supervised_tokens'):,} of {view.count('tokens'):,} tokens ({share:.1%})",
-            )
+        tokens = (
+            f"{view.count('tokens'):,}, {view.count('supervised_tokens'):,} of them trained ({share:.1%})"
         )
+        rows.append(("tokens", tokens))
     for source in view.sources:
         weight, kept, tokens = (source.get(name) for name in ("weight", "records_kept", "tokens"))
         rows.append(

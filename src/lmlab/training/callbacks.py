@@ -114,6 +114,7 @@ class RunLog(Callback):
         if step == self._step:
             return  # a micro-batch within the step
         self._step = step
+        self.progress.advance(step)
         if not (self.options.log_due(step) or step >= pl_module.max_steps):
             return
         self.meter.start(None)
