@@ -14,6 +14,8 @@ from lmlab.tracking import layer_plots
 from lmlab.tracking.layer_plots import MAX_COLUMNS, HeatMap, draw, heat_maps, newest, panels, picture, place
 from lmlab.tracking.report import read_run, render
 
+from .pages import assert_only_our_script
+
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 HOSTILE = "model.layers.0.<script>alert(1)</script>&\u202e"
@@ -147,7 +149,7 @@ def test_the_page_has_curves_maps_and_the_table(tmp_path: Path) -> None:
     page = render(run)
     assert "Every layer at step 1,000" in page
     assert page.count("<figure>") == 5
-    assert "<script>" not in page
+    assert_only_our_script(page)
     (tmp_path / "layers.jsonl").unlink()
     (tmp_path / "metrics.jsonl").write_text("")
     run = read_run(tmp_path)
