@@ -18,7 +18,7 @@ import pytest
 from lmlab.journal import Journal, RunDir, read_json
 from lmlab.training.checkpoint import newest_checkpoint
 
-from .conftest import ROOT, TINY, begun, command, lines, running, started
+from .conftest import ROOT, TINY, begun, command, lines, running, started, wait_for
 
 QUICK = (*TINY, "logger=none")
 PLUGIN = """
