@@ -99,6 +99,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*does not require gradients.*")
+    # torch 2.13's new name for it; 2.11 knows the old one alone.
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step\\(\\)` before `optimizer.step.*")
 
 
