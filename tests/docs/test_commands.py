@@ -139,6 +139,7 @@ RUNS = (
     Runs(r"^python scripts/check\.py\b(?!.*outputs/)", ("data=skills", "data.num_records=60", "trainer.batch_size=2", "data.max_length=64")),
     Runs(r"^python scripts/check\.py\b"),
     Runs(r"^python scripts/plan\.py\b"),
+    Runs(r"^python scripts/evaluate\.py .*--data val", ("--answers", "2")),
     Runs(r"^python scripts/evaluate\.py\b", ("--limit", "4", "--answers", "2")),
     Runs(r"python scripts/generate\.py\b", ("--max-new-tokens", "4")),
     Runs(r"^python scripts/chat\.py\b"),
