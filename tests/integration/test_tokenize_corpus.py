@@ -297,7 +297,7 @@ def test_a_corpus_on_s3_trains_and_no_file_of_the_run_has_the_key(
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     with object_server() as server:
-        environment = {**server.environment, "LMLAB_CACHE": str(tmp_path / "cache")}
+        environment: dict[str, Any] = {**server.environment, "LMLAB_CACHE": str(tmp_path / "cache")}
         told = [str(source), "--tokenizer", str(tokenizer_dir), "--to", "s3://lab/corpus", "--workers", "2"]
         done = command(SCRIPT, *told, *SMALL, **environment)
         assert done.returncode == 0, done.stderr

@@ -151,7 +151,7 @@ class RayCrew(Team[Any]):
             import ray
         except ImportError as error:
             raise UserError("--ray needs Ray", where="--ray", fix="pip install 'lmlab[ray]'") from error
-        told: dict[str, Any] = {"address": self.address}
+        told: dict[str, Any] = {"address": self.address, "log_to_driver": False, "logging_level": "ERROR"}
         if self.address == "local":
             told |= {
                 "num_cpus": self.cpus or os.cpu_count() or 1,
@@ -162,7 +162,7 @@ class RayCrew(Team[Any]):
             _refuse_unreachable(self.address)
         terminated = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**told, log_to_driver=False, logging_level="ERROR", configure_logging=True)
+            ray.init(**told)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             what = f"no Ray cluster at {self.address}: {str(error).strip().splitlines()[0]}"
             fix = "start one (ray start --head), give its address as HOST:PORT, or use --ray local"
@@ -170,7 +170,7 @@ class RayCrew(Team[Any]):
         finally:
             if terminated is not None:
                 signal.signal(signal.SIGTERM, terminated)  # Ray has put its own in place
-        self._ray = ray
+        self._ray: Any = ray  # its stubs leave out `exceptions`
 
     def _start(self) -> None:
         actor = self._actor.remote(self._tool, os.getcwd())
