@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,8 @@ def test_a_whole_run_killed_while_it_saves_goes_on(tmp_path: Path) -> None:
     reached = 0
     for _ in range(6):
         process, run = started(tmp_path, "checkpoint.every_n_steps=1", "checkpoint.keep=2", "resume=auto")
-        wait_for(lambda: newest_checkpoint(run.checkpoints), of=process)  # the first is no loss if it is not whole
+        # The first is no loss if it is not whole.
+        wait_for(partial(newest_checkpoint, run.checkpoints), of=process)
         deadline = time.monotonic() + 60
         while not list(run.checkpoints.glob(".step-*.tmp")):
             assert time.monotonic() < deadline

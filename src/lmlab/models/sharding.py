@@ -78,7 +78,7 @@ def whole(values: Any, *, keep: bool) -> Any:
     Args:
         keep: on this rank; elsewhere each is gathered and dropped again. One at a time is on the device.
     """
-    gathered: dict[tuple[int, ...], torch.Tensor | None] = {}
+    gathered: dict[tuple[Any, ...], torch.Tensor | None] = {}
 
     def gather(value: Any) -> Any:
         if not isinstance(value, DTensor):

@@ -181,10 +181,10 @@ def _row(line: bytes, rows: list[dict[str, Any]]) -> bool:
         row = json.loads(line) if line.strip() else None
     except (ValueError, RecursionError):
         return False
-    fine = isinstance(row, dict) and isinstance(row.get("step"), int) and abs(row["step"]) < 2**53
-    if fine:
+    if isinstance(row, dict) and isinstance(row.get("step"), int) and abs(row["step"]) < 2**53:
         rows.append(row)
-    return fine or row is None
+        return True
+    return row is None
 
 
 def _text(path: Path, broken: list[str]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
 import threading
 import urllib.parse
@@ -191,7 +190,9 @@ class _Handler(BaseHTTPRequestHandler):
             size = os.fstat(file.fileno()).st_size
             self._head(HTTPStatus.OK, size, KINDS[path.suffix.lower()])
             if self.command != "HEAD":
-                shutil.copyfileobj(_Part(file, size), self.wfile)
+                part = _Part(file, size)
+                while piece := part.read(PIECE):
+                    self.wfile.write(piece)
         return None
 
     def _refuse(self, status: HTTPStatus, why: str, **headers: str) -> None:
@@ -210,6 +211,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the terminal is the user's."""
+
+
+PIECE = 1 << 16
 
 
 class _Part:
