@@ -224,6 +224,7 @@ def test_against_peft_alone_logits(qlora: tuple[RunDir, Any], tmp_path: Path) ->
     assert float((logits - theirs).abs().max()) < 1e-5 * float(theirs.abs().max())
 
 
+@pytest.mark.slow
 def test_generate_uses_the_run_with_its_template(qlora: tuple[RunDir, Any]) -> None:
     run, _ = qlora
     first = command(

@@ -216,7 +216,8 @@ def test_lines_wait_for_room_and_none_is_lost(tmp_path: Path, capsys: pytest.Cap
 # --- signals and kills ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_slurm_s_signal_saves_and_requeues(tmp_path: Path, devices: int) -> None:
     """The job's own script calls train.py with resume=auto: the same command goes on after the requeue."""
     (tmp_path / "bin").mkdir()
@@ -274,6 +275,7 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_nobody_reads_the_output_any_more(tmp_path: Path) -> None:
     """`python train.py | head -1`: the run ends as it would have, without a word about the pipe."""
     told = [*QUICK, "trainer.max_steps=3", f"output_root={tmp_path}", "run_name=piped"]

@@ -170,7 +170,8 @@ def test_two_tasks_of_srun(one_machine: RunDir, tmp_path: Path) -> None:
     assert not run.lock.exists()
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_train_py_inside_a_batch_script(tmp_path: Path, devices: int, request: pytest.FixtureRequest) -> None:
     """SLURM_NTASKS=2 stands in the environment, and nobody called srun: Lightning would wait for a second task."""
     size = f"trainer.batch_size={4 // devices}"
@@ -184,6 +185,7 @@ def test_train_py_inside_a_batch_script(tmp_path: Path, devices: int, request: p
         assert losses(run) == pytest.approx(losses(one), rel=RELATIVE)
 
 
+@pytest.mark.slow
 def test_srun_with_another_number_of_tasks_is_refused(tmp_path: Path) -> None:
     run = prepared(tmp_path, "three", "trainer.num_nodes=2")
     step: dict[str, Any] = {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_NODELIST": "localhost"}

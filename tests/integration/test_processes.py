@@ -93,7 +93,9 @@ def test_a_failing_job_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     assert "job 1" in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_ends_with_its_code(tmp_path: Path, number: int, code: int) -> None:
     process, run = started(tmp_path, "logger.mode=offline", logger="wandb")
     process.send_signal(number)

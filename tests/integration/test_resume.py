@@ -101,6 +101,7 @@ def test_a_branch_from_any_step_of_another_run(train: Train) -> None:
     assert not RunDir(whole.path.with_name("branch-nowhere")).path.exists()
 
 
+@pytest.mark.slow
 def test_a_branch_has_its_own_learning_rate_and_decay(train: Train) -> None:
     common = [*SMALL, "adapter=lora", "trainer.max_steps=4", "trainer.log_every_n_steps=1"]
     start = train("stem", *common).checkpoints / "step-00000002"
@@ -116,7 +117,8 @@ def test_a_branch_has_its_own_learning_rate_and_decay(train: Train) -> None:
     assert {int(each["step"]) for each in state["optimizer_states"][0]["state"].values()} == {4}
 
 
-@pytest.mark.parametrize("step", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 4])
 def test_another_cut_of_the_same_global_batch(train: Train, step: int) -> None:
     """As auto_batch does it: at an odd step too every later step has its own rows, and validations and saves their steps."""
     common = [

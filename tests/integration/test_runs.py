@@ -171,7 +171,9 @@ def test_a_scratch_base_is_kept_beside_its_adapter(train: Train, corpus: Path) -
     assert all("lora_" in name for name in checkpoint["state_dict"])
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora", "qlora"])
+@pytest.mark.parametrize(
+    "adapter", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "lora")), "qlora"]
+)
 def test_resumed_equals_uninterrupted(train: Train, adapter: str) -> None:
     told = [
         f"adapter={adapter}",
@@ -202,6 +204,7 @@ def test_resumed_equals_uninterrupted(train: Train, adapter: str) -> None:
     assert all(torch.equal(a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
 
 
+@pytest.mark.slow
 def test_sampling_leaves_training_untouched(train: Train) -> None:
     told = (
         "data=skills",

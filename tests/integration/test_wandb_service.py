@@ -98,6 +98,7 @@ def online(
     return run, done
 
 
+@pytest.mark.slow
 def test_what_arrives_is_what_metrics_jsonl_has(
     server: WandbServer, online: tuple[RunDir, subprocess.CompletedProcess[str]]
 ) -> None:
@@ -123,6 +124,7 @@ def test_what_arrives_is_what_metrics_jsonl_has(
     assert line == f"W&B: {server.url}/tester/lmlab/runs/{read_json(run.info)['wandb_id']}"
 
 
+@pytest.mark.slow
 def test_nothing_of_the_environment_leaves_the_process(
     server: WandbServer, online: tuple[RunDir, subprocess.CompletedProcess[str]]
 ) -> None:
@@ -140,6 +142,7 @@ def test_nothing_of_the_environment_leaves_the_process(
     assert not [secret for secret in secrets if secret.decode() in done.stdout + done.stderr]
 
 
+@pytest.mark.slow
 def test_what_only_looks_like_a_secret_is_left_alone(
     server: WandbServer, online: tuple[RunDir, subprocess.CompletedProcess[str]]
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_sweep_file_is_one_for_wandb_and_a_run_for_lmlab(file: Path) -> None:
         assert (found["kind"] if isinstance(found, dict) else found) == value
 
 
+@pytest.mark.slow
 def test_the_agents_command_is_one_run_under_the_agents_id(tmp_path: Path) -> None:
     config = loaded(CONF / "sweep" / "grid_adapters.yaml")
     values = {"adapter": "qlora", "seed": 2}

@@ -268,6 +268,7 @@ def test_plan_script_needs_nothing_but_a_config(tmp_path: Path) -> None:
     assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_whose_size_nobody_knows_yet_is_one_line(tmp_path: Path) -> None:
     told = ["task=pretrain", "model=llama_tiny", "tokenizer=chars", "data=text", "data.path=none.txt"]
     environment = {**os.environ, "LMLAB_CACHE": str(tmp_path)}

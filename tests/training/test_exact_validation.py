@@ -90,6 +90,7 @@ def two_ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[li
     return on_two_ranks(rank_validations, str(folder), str(tmp_path_factory.mktemp("ranks")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "batch_size", "layout"), CASES)
 def test_against_torch_loop_two_ranks(
     folder: Path, two_ranks: list[list[Any]], count: int, batch_size: int, layout: str
