@@ -8,7 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "LMLAB_OUTPUT_ROOT"):
+for name in ("COLUMNS", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_ENTITY", "LMLAB_OUTPUT_ROOT"):
     os.environ.pop(name, None)
 
 from pathlib import Path

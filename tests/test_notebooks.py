@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
@@ -64,9 +66,9 @@ def run(chapter: str) -> None:
 
 def check_readable(figure: Any) -> None:
     """Something is drawn, and each axis says what it shows (of shared ones, the outer does)."""
-    import numpy as np
-
-    pixels = np.asarray(figure.canvas.buffer_rgba())
+    canvas = FigureCanvasAgg(figure)  # a closed figure has lost the one it was shown on
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())
     assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 20
     assert figure.axes
     for axes in figure.axes:

@@ -44,9 +44,12 @@ PROMISED = PROMISED_TEXT.split()
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_and_validates(composed: Compose, option: str) -> None:
     group, name = option.split("=")
-    values = composed(
-        option, *(["model=llama_tiny"] if option in ("tokenizer=bpe", "tokenizer=chars") else [])
-    )
+    needed = {
+        "tokenizer=bpe": ["model=llama_tiny"],
+        "tokenizer=chars": ["model=llama_tiny"],
+        "experiment=nodes_64": ["data.path=given"],  # its tokenizer is that of the data
+    }
+    values = composed(option, *needed.get(option, []))
     for key in OmegaConf.missing_keys(values):
         listed = [{"path": "given.jsonl", "weight": 1}]
         OmegaConf.update(values, key, listed if key == "data.sources" else "given")

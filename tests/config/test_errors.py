@@ -73,7 +73,7 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     ("quant=nf5",): ("quant", ["no option 'nf5'", "did you mean 'nf4'?"]),
     ("data=texts",): (
         "data",
-        ["did you mean 'text'? one of hub, jsonl, mix, python_help, shards, skills, text\n"],
+        ["did you mean 'text'? one of alpaca, c4,", " text, tinystories,"],
     ),
     ("experiment=nosuch",): ("experiment", ["no option 'nosuch'", "tiny_base"]),
     ("optim.name=adamm",): ("optim.name", ["'adamm'", "did you mean 'adamw'?", "sgd"]),
