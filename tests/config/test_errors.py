@@ -359,3 +359,17 @@ def test_cfg_shows_the_composed_config(tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert "kind: nf4" in out
     assert "output_root: outputs" in out
+
+
+@pytest.mark.parametrize("told", ["-m", "--multirun", "hydra.mode=MULTIRUN"])
+def test_a_script_that_plans_or_checks_starts_no_sweep(command_line: CommandLine, told: str) -> None:
+    code, out, line = command_line(told, "seed=1,2", sweeps=False)
+    assert (code, out) == (2, "")
+    assert line == "error: a sweep would train every combination (--multirun): give one value for each key\n"
+
+
+def test_plan_py_refuses_a_sweep(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), "-m", "optim.lr=none,nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: a sweep would train")
