@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lmlab import ranks
-from lmlab.config.compose import fingerprint, freeze, to_run_config
+from lmlab.config.compose import fingerprint, freeze, to_run_config, told_config_dir
 from lmlab.config.schema import RunConfig
 from lmlab.data.chat_templates import (
     chat_renderer,
@@ -314,6 +314,7 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
         {
             "run_name": config.run_name,
             "argv": [Path(sys.argv[0]).name, *overrides],
+            "flags": told_config_dir(sys.argv[1:]),
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seed": config.seed,
             "config_hash": fingerprint(config),

@@ -6,6 +6,7 @@ wrong type or range (with key, value and what is allowed), a secret in plain tex
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -88,6 +89,10 @@ def run_app(
     except BrokenPipeError:  # `--help | head`: whoever read it has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return report_error(RunFailedError(f"{error.strerror} ({error.filename or 'disk'}): make room"))
 
 
 def compose_config(overrides: Sequence[str] = ()) -> Any:
@@ -106,6 +111,15 @@ def compose_config(overrides: Sequence[str] = ()) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         raise hydra_error(error) from error
     return to_run_config(composed)
+
+
+def told_config_dir(arguments: Sequence[str]) -> list[str]:
+    """``--config-dir FOLDER`` of a command line, for commands that compose the same config again; else nothing."""
+    for place, word in enumerate(arguments):
+        name, mark, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            return ["--config-dir", *([value] if mark else arguments[place + 1 : place + 2])]
+    return []
 
 
 def _check_command_line(arguments: Sequence[str]) -> Any:
