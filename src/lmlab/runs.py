@@ -6,7 +6,7 @@
     run = train(["task=pretrain", "trainer.max_steps=100", "logger=none"])
     series(run.metrics, "val/loss")  # {step: value}
 
-The way is train.py's own: the same checks before anything is created, the same directory, the same files. The environment,
+The way is train.py's own: the same checks before anything is created, the same directory, the same files. W&B's variables,
 random states, signal handlers and streams are afterwards as they were. Trade-off: several runs share one process, so on a
 CPU the measured memory of a later one holds what the earlier ones left, and malloc's thresholds stay those of a training;
 processes of their own are what ``python train.py -m`` is for. A .env file is not read: the environment is the notebook's.
@@ -46,11 +46,11 @@ def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> RunFiles:
     ranks.refuse_front_door()
     config = compose_config(overrides)
     _refuse_processes(config)
-    plan = plan_run(config, overrides)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_as_it_was())
+        plan = plan_run(config, overrides)
         stack.callback(plan.run.release)
         create_run(plan, overrides)
-        stack.enter_context(_as_it_was())
         if quiet:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -88,14 +88,11 @@ def _refuse_processes(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def _as_it_was() -> Iterator[None]:
-    """What a run and its libraries set for the whole process is not for what comes after it.
-
-    Such as WANDB_DATA_DIR, this run's folder, and random states that begin at its seed.
-    """
+    """Random states, and W&B's variables (WANDB_DATA_DIR is this run's folder), are not for what comes after the run."""
     import numpy as np
     import torch
 
-    environ, python, numpy = dict(os.environ), random.getstate(), np.random.get_state()
+    python, numpy, wandb = random.getstate(), np.random.get_state(), _wandb_variables()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
@@ -103,6 +100,10 @@ def _as_it_was() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        for name in set(os.environ) - set(environ):
+        for name in _wandb_variables():
             del os.environ[name]
-        os.environ.update(environ)
+        os.environ.update(wandb)
+
+
+def _wandb_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lmlab import ranks
-from lmlab.config.compose import fingerprint, freeze, to_run_config, told_config_dir
+from lmlab.config.compose import fingerprint, freeze, to_run_config
 from lmlab.config.schema import RunConfig
+from lmlab.config.shorthand import told_config_dir
 from lmlab.data.chat_templates import (
     chat_renderer,
     chat_template_source,

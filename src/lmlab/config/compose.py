@@ -113,15 +113,6 @@ def compose_config(overrides: Sequence[str] = ()) -> Any:
     return to_run_config(composed)
 
 
-def told_config_dir(arguments: Sequence[str]) -> list[str]:
-    """``--config-dir FOLDER`` of a command line, for commands that compose the same config again; else nothing."""
-    for place, word in enumerate(arguments):
-        name, mark, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
-            return ["--config-dir", *([value] if mark else arguments[place + 1 : place + 2])]
-    return []
-
-
 def _check_command_line(arguments: Sequence[str]) -> Any:
     """Hydra's flags, read as Hydra does.
 

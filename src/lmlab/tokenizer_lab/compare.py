@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmlab.config.compose import to_run_config, told_config_dir
+from lmlab.config.compose import to_run_config
+from lmlab.config.shorthand import told_config_dir
 from lmlab.journal import check_run_name, slug
 from lmlab.records import UserError
 from lmlab.tokenizer_lab.options import LAB, LabConfig, lab_of, without_lab
