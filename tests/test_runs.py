@@ -50,25 +50,31 @@ def of_the_process() -> list[Any]:
     return [handlers, sys.stdout, sys.stderr, *drawn]
 
 
-def test_trains_and_reads_what_the_run_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shell = type("ZMQInteractiveShell", (), {})()  # what rich takes for Jupyter, where it writes to no stream
-    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir=my conf"])
-    before = of_the_process()
+def test_trains_and_reads_what_the_run_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train([*QUICK, f"output_root={tmp_path}", "run_name=one"], quiet=True)
-    assert of_the_process() == before
     assert not capsys.readouterr().out
-    assert "\nfinished: best val/loss" in (run.directory / "console.log").read_text(encoding="utf-8")
     assert run.directory == tmp_path / "sft" / "one"
-    assert run.run["flags"] == ["--config-dir", "my conf"]
     assert run.summary["status"] == "finished"
     assert set(series(run.metrics, "val/loss")) == {0, 3}
     assert max(row["time"] for row in run.metrics) < 300, "the log counts from the run's own start"
     assert not (run.directory / ".lock").exists()
     with pytest.raises(UserError, match="already exists"):
         train([*QUICK, f"output_root={tmp_path}", "run_name=one"])
+
+
+@pytest.mark.slow
+def test_leaves_the_process_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = type("ZMQInteractiveShell", (), {})()  # what rich takes for Jupyter, where it writes to no stream
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config-dir=my conf"])
+    before = of_the_process()
+    run = train([*QUICK, f"output_root={tmp_path}", "run_name=six"], quiet=True)
+    assert of_the_process() == before
+    assert not capsys.readouterr().out
+    assert run.run["flags"] == ["--config-dir", "my conf"]
+    assert "\nfinished: best val/loss" in (run.directory / "console.log").read_text(encoding="utf-8")
 
 
 def test_a_run_that_fails_is_raised(
