@@ -76,7 +76,9 @@ def main() -> int:
     except UserError as error:
         return report_error(error)
     sys.argv = [sys.argv[0], *overrides]
-    return run_app(lambda composed, told: run_checks(to_run_config(composed), names, options, None))
+    return run_app(
+        lambda composed, told: run_checks(to_run_config(composed), names, options, None), sweeps=False
+    )
 
 
 def _sorted(told: list[str]) -> tuple[list[str], list[str], list[str]]:

@@ -112,11 +112,13 @@ def print_or_write_table(told: list[str]) -> int:
     """The table of presets: printed, or written into the page that is named."""
     from lmlab.presets import table, write_table
 
-    page = Path(told[0]) if len(told) == 1 and told[0].endswith(".md") else None
-    if page is not None and not page.is_file():
-        write_table(page, "")  # says what is wrong with it before the work is done
-    text = table(() if page else told, say=lambda line: print(line, file=sys.stderr, flush=True))
-    print(text) if page is None else write_table(page, text)
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if len(told) == 1 and told[0].endswith(".md"):
+        write_table(Path(told[0]), lambda: table(say=say))
+    else:
+        print(table(told, say=say))
     return 0
 
 
@@ -125,4 +127,4 @@ if __name__ == "__main__":
         sys.exit(run_script(lambda: print_or_write_table(table_parser().parse_args().table)))
     wants_json = AS_JSON in sys.argv
     sys.argv[:] = [argument for argument in sys.argv if argument != AS_JSON]
-    sys.exit(run_app(lambda composed, overrides: show(composed, overrides, as_json=wants_json)))
+    sys.exit(run_app(lambda composed, overrides: show(composed, overrides, as_json=wants_json), sweeps=False))

@@ -75,13 +75,13 @@ def _parser() -> argparse.ArgumentParser:
 def _tokenize(options: argparse.Namespace) -> int:
     from lmlab.data.corpus import CorpusOptions, build_corpus
     from lmlab.data.files import find_files
-    from lmlab.remote import is_url, without_file_scheme
+    from lmlab.remote import copy_of, is_url, without_file_scheme
 
     _check(options)
     files = [file for pattern in options.paths for file in find_files(pattern)]
-    if not is_url(options.to):
-        made = Path(without_file_scheme(options.to)).resolve()  # what is written there is no input
-        files = [file for file in files if made not in file.resolve().parents]
+    # What is written there is no input, nor are the copies of it.
+    made = (copy_of(options.to) if is_url(options.to) else Path(without_file_scheme(options.to))).resolve()
+    files = [file for file in files if made not in file.resolve().parents]
     if not files:
         raise UserError("no data file but what was written here", where=options.to, fix="give other files")
     settings = CorpusOptions(
@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace) -> None:
         ),
         ("ray", options.ray is None or options.ray.strip() != "", "auto, local or HOST:PORT"),
         ("val-fraction", 0 < options.val_fraction < 1, "between 0 and 1"),
-        ("shard-mb", options.shard_mb > 0, "above 0"),
+        ("shard-mb", 1e-6 <= options.shard_mb < float("inf"), "above 0"),
         ("limit-documents", options.limit_documents is None or options.limit_documents >= 1, "at least 1"),
     ):
         if not ok:

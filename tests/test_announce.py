@@ -37,7 +37,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     (made.path / "adapter").mkdir(parents=True)
     (made.best / "adapter").mkdir(parents=True)
     made.report.touch()
-    write_json(made.info, {"argv": ARGV})
+    write_json(made.info, {"argv": ARGV, "flags": ["--config-dir", "my conf"]})
     return made
 
 
@@ -133,7 +133,8 @@ def test_a_stopped_run_says_how_to_go_on(run: RunDir, monkeypatch: pytest.Monkey
     assert said[1] == "interrupted: peak memory 0.50 GB, 1 min 23 s"
     (go_on,) = [line for line in said if "resume=auto" in line]
     assert shlex.split(go_on, comments=True) == [
-        "python", "train.py", "data=skills", "optim.lr=1e-3", "samples.prompts=[a b]", "run_name=my run", "resume=auto",
+        "python", "train.py", "--config-dir", "my conf",
+        "data=skills", "optim.lr=1e-3", "samples.prompts=[a b]", "run_name=my run", "resume=auto",
     ]  # fmt: skip
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from lmlab import remote
+from lmlab.data.files import find_files
 from lmlab.records import UserError
 from lmlab.remote import Remote, copy_of, fetch, fetch_below, is_url, without_file_scheme
 
@@ -63,7 +68,7 @@ SOURCE = "flaky://data/a.bin"
 
 
 def test_what_is_a_url() -> None:
-    assert all(is_url(url) for url in ("s3://bucket/x", "memory://x", "https://host/x"))
+    assert all(is_url(url) for url in ("s3://bucket/x", "memory://x", "https://host/x", "S3://bucket/x"))
     assert not any(is_url(path) for path in ("x.jsonl", "/a/b", "file:///a/b", "C:/x", Path("s3:/x")))
     assert without_file_scheme("file:///a/b") == "/a/b"
 
@@ -90,6 +95,79 @@ def test_a_changed_file_is_loaded_again(tmp_path: Path) -> None:
     fetch(Remote(SOURCE), tmp_path / "a.bin")
     fsspec.filesystem("flaky").pipe_file("/data/a.bin", b"new")
     assert fetch(Remote(SOURCE), tmp_path / "a.bin").read_bytes() == b"new"
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_no_copy(tmp_path: Path) -> None:
+    def change(count: int) -> None:
+        fsspec.filesystem("flaky").pipe_file("/data/a.bin", CONTENT[::-1])
+
+    with pytest.raises(
+        UserError, match=r"changed while it was loaded \(flaky://data/a\.bin\): give the same"
+    ):
+        fetch(Remote(SOURCE), tmp_path / "a.bin", told=change)
+    assert [path.name for path in tmp_path.glob("a.bin*")] == []
+    assert fetch(Remote(SOURCE), tmp_path / "a.bin").read_bytes() == CONTENT[::-1]
+
+
+def test_what_is_begun_of_another_file_stays(tmp_path: Path) -> None:
+    own, other = (tmp_path / f"a.bin.{name}0123456789ab.part" for name in ("", "gz."))
+    for part in (own, other):
+        part.write_bytes(b"begun")
+    fetch(Remote(SOURCE), tmp_path / "a.bin")
+    assert [path.name for path in tmp_path.glob("*.part")] == [other.name]
+
+
+def test_a_copied_folder_loses_what_its_source_has_lost() -> None:
+    storage = fsspec.filesystem("flaky")
+    storage.pipe_file("/data/added_tokens.json", b"{}")
+    folder = fetch_below(Remote("flaky://data"))
+    (folder / "mine.txt").write_bytes(b"mine")
+    assert (folder / "added_tokens.json").exists()
+    storage.rm("/data/added_tokens.json")
+    assert fetch_below(Remote("flaky://data")) == folder
+    assert sorted(path.name for path in folder.glob("[!.]*")) == ["a.bin", "mine.txt"]
+
+
+def test_times_do_not_matter_where_there_is_an_etag() -> None:
+    listed, asked = (
+        {"size": 3, "ETag": '"x"', "LastModified": moment} for moment in ("12:00:00.5", "12:00:00")
+    )
+    assert remote._version(listed) == remote._version(asked)
+    assert remote._version(listed) != remote._version({**listed, "ETag": '"y"'})
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_web_server_s_file_is_read_and_read_again_when_it_changes(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    (tmp_path / "rows.jsonl").write_bytes(b"one")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            place = Remote(f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl")
+            (found,) = find_files(place.url)
+            assert found.read_bytes() == b"one"
+            (tmp_path / "rows.jsonl").write_bytes(b"two")
+            os.utime(tmp_path / "rows.jsonl", (1, 1))
+            assert find_files(place.url) == [found]
+            assert found.read_bytes() == b"two", "it has no ETag, but a time"
+            with pytest.raises(UserError, match=r"no data file at http://.*/gone\.jsonl"):
+                find_files(place.url.replace("rows", "gone"))
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"no copy can be made: .*/file/a\.bin\): make room, or set LMLAB_CACHE"
+    ):
+        fetch(Remote(SOURCE), tmp_path / "file" / "a.bin")
 
 
 def test_a_vanished_network_ends_after_some_tries_and_the_next_run_goes_on(tmp_path: Path) -> None:
@@ -134,8 +212,11 @@ def test_files_below_a_url_and_copies_with_readable_names(monkeypatch: pytest.Mo
     assert sorted(path.name for path in folder.glob("[!.]*")) == ["a.bin"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
     assert copy_of("s3://bucket/x.txt") == remote.cache_root() / "remote/s3/127.0.0.1_9000/bucket/x.txt"
-    with pytest.raises(UserError, match="in a URL"):
-        copy_of("s3://bucket/../x")
+    for url in ("s3://bucket/../x", "s3://bucket/a//x"):
+        with pytest.raises(UserError, match="in a URL"):
+            copy_of(url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://me:hidden@127.0.0.1:9000")
+    assert copy_of("s3://bucket/x.txt") == remote.cache_root() / "remote/s3/127.0.0.1_9000/bucket/x.txt"
 
 
 @pytest.mark.parametrize("url", ["s3://key:hidden@bucket/x", "https://host/x?X-Amz-Signature=hidden"])
@@ -145,6 +226,14 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
     assert "hidden" not in str(caught.value)
 
 
+def test_an_endpoint_s_password_is_not_repeated() -> None:
+    def call(storage: Any, path: str) -> None:
+        raise ConnectionError("no answer of http://me:hidden@127.0.0.1:9000/lab")
+
+    with pytest.raises(UserError, match=r"no answer of http://\*\*\*@127\.0\.0\.1:9000/lab"):
+        Remote(SOURCE).ask(call)
+
+
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(_registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -152,6 +241,17 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         Remote("s3://bucket/x").read()
 
 
+def test_a_storage_that_cannot_be_written_is_said() -> None:
+    def call(storage: Any, path: str) -> None:
+        raise NotImplementedError
+
+    with pytest.raises(UserError, match=r"flaky:// is only read .*: use s3:// or a local path"):
+        Remote(SOURCE).ask(call)
+
+
 def test_an_unknown_protocol_is_said() -> None:
     with pytest.raises(UserError, match=r"use s3:// or a local path"):
         Remote("nosuch://bucket/x").read()
+    pytest.importorskip("s3fs")
+    with pytest.raises(UserError, match=r"no place of a storage: .*\(s3://\): use s3:// or a local path"):
+        Remote("s3://").files()

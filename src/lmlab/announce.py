@@ -217,10 +217,11 @@ def next_commands(run: RunDir, where: str, *, is_made: bool, code: Any) -> list[
 
 def _resume_command(run: RunDir) -> str:
     """The command line that began the run, with ``resume=auto``; its name is said, as a drawn one would be another."""
-    told = [str(word) for word in read_json(run.info).get("argv", ["train.py"])[1:]]
+    info = read_json(run.info)
+    flags, told = ([str(word) for word in info.get(key, [])] for key in ("flags", "argv"))
     named = ("run_name=", "resume=", "overwrite=")
-    kept = [word for word in told if not word.lstrip("+").startswith(named)]
-    return shlex.join(["python", "train.py", *kept, f"run_name={run.path.name}", "resume=auto"])
+    kept = [word for word in told[1:] if not word.lstrip("+").startswith(named)]
+    return shlex.join(["python", "train.py", *flags, *kept, f"run_name={run.path.name}", "resume=auto"])
 
 
 def _clip(text: str, length: int = 300) -> str:

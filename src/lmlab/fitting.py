@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lmlab.config.schema import RunConfig
+from lmlab.config.schema import RunConfig, broken_rules
 from lmlab.planning import plan_of_config
 from lmlab.records import UserError
 
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 
 def alternatives(config: RunConfig) -> list[tuple[str, RunConfig]]:
-    """(what to type, the config it gives): smaller in memory, the same in what is learned or near it."""
+    """(what to type, the config it gives): smaller in memory, the same in what is learned or near it, and allowed."""
     trainer, found = config.trainer, list[tuple[str, RunConfig]]()
 
     def changed(words: str, **updates: Any) -> None:
-        found.append((words, config.model_copy(update=updates)))
+        smaller = config.model_copy(update=updates)
+        if not any(broken_rules(smaller)):  # as fsdp over 4 bits would be
+            found.append((words, smaller))
 
     checkpointed = config.model.model_copy(update={"gradient_checkpointing": True})
     size, accumulate = trainer.batch_size, trainer.accumulate_grad_batches

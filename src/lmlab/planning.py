@@ -1,7 +1,7 @@
 """Where a run's config meets the memory plan: before a run (scripts/plan.py), beside its measured peaks, after an OOM.
 
-A plan takes some seconds, so it is kept in the cache, keyed by everything it depends on, lmlab's own model code
-included. It never stops a run: what cannot be planned is said in one line.
+A plan takes some seconds, so it is kept in the cache, keyed by everything it depends on, the code of lmlab's models and of
+what was chosen (a plugin's too) included. It never stops a run: what cannot be planned is said in one line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -32,6 +33,8 @@ STEPS_LOOKED_AT = 2000
 """Of the data order, for its largest micro-batch."""
 UNKNOWN_PROMPT = 128
 """Tokens of a prompt where no data are prepared."""
+ONLY_SCHEDULE = {"lr", "warmup_steps", "schedule", "min_lr_ratio"}
+"""Of an optimizer: what decides no tensor's size, so that a plan outlives another learning rate."""
 
 
 # --- what a run will do -----------------------------------------------------------------------------------------------
@@ -289,19 +292,30 @@ def _key(run: PlannedRun, config: RunConfig) -> str:
 
     from lmlab.models.memory import can_tune_malloc
 
+    chosen = (run.model, run.quant, run.adapter, run.loss, config.optim)
     code = hashlib.sha256()
-    for file in sorted((Path(__file__).parent / "models").glob("*.py")):
+    for file in sorted(
+        {*(Path(__file__).parent / "models").glob("*.py"), *_sources([*chosen, run.hf_config])}
+    ):
         code.update(file.read_bytes())
     parts = [
         run.hf_config.to_dict(),
-        *(part.model_dump(mode="json") for part in (run.model, run.quant, run.adapter, run.loss)),
-        [config.optim.name, asdict(run.workload), str(run.compute_dtype), run.device_type],
+        *(part.model_dump(mode="json", exclude=ONLY_SCHEDULE) for part in chosen),
+        [asdict(run.workload), str(run.compute_dtype), run.device_type],
         world_size(config) if _sharded(config) else None,
         [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
         # Without CUDA the CPU's kernels stand in for its own.
         [code.hexdigest(), torch.cuda.is_available(), can_tune_malloc()],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _sources(parts: Iterable[Any]) -> Iterator[Path]:
+    """The files of what a config chose, which may be a plugin's."""
+    for part in parts:
+        file = getattr(sys.modules.get(type(part).__module__), "__file__", None)
+        if file and Path(file).is_file():
+            yield Path(file)
 
 
 def plan_beside(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lmlab.journal import read_json
+from lmlab.journal import RunDir, read_json
 from lmlab.registry import load_plugins
 
 
@@ -21,14 +21,15 @@ def samplers_of(name_or_path: str, *, wanted: Iterable[str | None]) -> dict[str,
         wanted: names that will be looked up; plugins are imported only if one of them is no name of conf/sampler.
 
     Raises:
-        UserError: a plugin of the run cannot be imported.
+        UserError: a plugin of the run cannot be imported, or its config cannot be read.
     """
+    from lmlab.config.compose import frozen_values
     from lmlab.config.named import sampler_names
 
     run = Path(name_or_path)
     if not (run / "run.json").is_file() or {name for name in wanted if name} <= set(sampler_names()):
         return {}
-    config = _config(run)
+    config = frozen_values(RunDir(run).config)
     load_plugins(config.get("plugins") or [])
     named = config.get("samplers") or {}
     own = config.get("sampler")
@@ -36,7 +37,12 @@ def samplers_of(name_or_path: str, *, wanted: Iterable[str | None]) -> dict[str,
 
 
 def load_plugins_of(weights: Path) -> None:
-    """Import plugins where a sampler, storage or architecture is theirs: those installed, and those of the run around ``weights``."""
+    """Import plugins where a sampler, storage or architecture is theirs: those installed, and those of the run around ``weights``.
+
+    Raises:
+        UserError: a plugin cannot be imported, or the run's config cannot be read.
+    """
+    from lmlab.config.compose import frozen_values
     from lmlab.generation.samplers import samplers
     from lmlab.models.quantize import quants
 
@@ -48,8 +54,8 @@ def load_plugins_of(weights: Path) -> None:
     if known and _knows_architecture(weights):
         return
     run = weights.parent.parent if weights.parent.name == "best" else weights.parent
-    names = _config(run).get("plugins") if (run / "run.json").is_file() else None
-    load_plugins(names or [])
+    is_run = (run / "run.json").is_file()
+    load_plugins(frozen_values(RunDir(run).config).get("plugins") or [] if is_run else [])
 
 
 def _knows_architecture(weights: Path) -> bool:
@@ -58,12 +64,3 @@ def _knows_architecture(weights: Path) -> bool:
 
     kind = read_json(weights / "config.json").get("model_type")
     return kind is None or kind in CONFIG_MAPPING
-
-
-def _config(run: Path) -> dict[str, Any]:
-    """A run's frozen config as it stands in the file; {} where there is none."""
-    import yaml
-
-    file = run / "config.yaml"
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found if isinstance(found, dict) else {}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmlab.config.compose import CONF, to_run_config
+from lmlab.config.compose import CONF, compose_config
 from lmlab.planning import model_config, plan_of_config
 from lmlab.records import UserError
 from lmlab.registry import suggest
@@ -51,20 +51,6 @@ def preset_names() -> list[str]:
     return sorted(file.stem for file in (CONF / "model" / "scratch").glob("[!_]*.yaml"))
 
 
-def preset_config(overrides: Iterable[str]) -> Any:
-    """The `RunConfig` of these overrides, as on a command line.
-
-    Raises:
-        UserError: anything wrong with them.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return to_run_config(compose("train", list(overrides)))
-
-
 def count_parameters(config: Any) -> int:
     """Parameters of a config's model, tied ones once; no memory is used for them."""
     import torch
@@ -77,7 +63,7 @@ def count_parameters(config: Any) -> int:
 
 def planned(name: str, way: str) -> Planned:
     """One cell of the table: ``way`` is a key of `WAYS`."""
-    config = preset_config([f"model=scratch/{name}", *WORKLOAD.split(), *WAYS[way].split()])
+    config = compose_config([f"model=scratch/{name}", *WORKLOAD.split(), *WAYS[way].split()])
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints the traceback of what is caught here
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -107,7 +93,7 @@ def table(names: Sequence[str] = (), *, say: Callable[[str], None] = lambda text
             raise UserError(f"no preset '{name}'", where="--table", fix=suggest(name, known))
     rows: list[tuple[int, str]] = []
     for name in names or known:
-        parameters = count_parameters(preset_config([f"model=scratch/{name}"]))
+        parameters = count_parameters(compose_config([f"model=scratch/{name}"]))
         cells = [planned(name, way) for way in WAYS]
         rows.append((parameters, f"| `{name}` | {parameters:,} | {' | '.join(map(str, cells))} |"))
         reasons = {cell.reason for cell in cells} - {""}
@@ -116,8 +102,8 @@ def table(names: Sequence[str] = (), *, say: Callable[[str], None] = lambda text
     return "\n".join([*head, *(row for _, row in sorted(rows))])
 
 
-def write_table(page: Path, text: str) -> None:
-    """Put a table between the two marks of a page.
+def write_table(page: Path, make: Callable[[], str]) -> None:
+    """Put a table between the two marks of a page; it is made only where there is a place for it.
 
     Raises:
         UserError: there is no such page, or it lacks the marks.
@@ -133,4 +119,5 @@ def write_table(page: Path, text: str) -> None:
         raise UserError(
             "the page has no place for the table", where=str(page), fix=f"put {BEGIN} and {END} into it"
         )
+    text = make()
     page.write_text(pattern.sub(lambda _: f"{BEGIN}\n{text}\n{END}", old), encoding="utf-8")

@@ -44,7 +44,7 @@ def cache_root() -> Path:
 
 def is_url(place: str | Path) -> bool:
     """Whether it is elsewhere; ``file://`` is not, see `without_file_scheme`."""
-    return isinstance(place, str) and bool(re.match(r"(?!file:)[a-z][a-z0-9+.-]+://", place))
+    return isinstance(place, str) and bool(re.match(r"(?!file:)[a-zA-Z][a-zA-Z0-9+.-]+://", place))
 
 
 def without_file_scheme(place: str) -> str:
@@ -110,8 +110,11 @@ class Remote:
                 "put the credentials into the environment or .env (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
             )
             raise UserError(f"no access: {said}", where=self.url, fix=fix) from error
-        if isinstance(error, ValueError) and "rotocol" in said:
-            what = f"no such kind of URL: {said}"
+        if isinstance(error, ValueError):
+            what = f"no such kind of URL: {said}" if "rotocol" in said else f"no place of a storage: {said}"
+            raise UserError(what, where=self.url, fix="use s3:// or a local path") from error
+        if isinstance(error, NotImplementedError):
+            what = f"{protocol}:// is only read"
             raise UserError(what, where=self.url, fix="use s3:// or a local path") from error
         known = isinstance(error, OSError | TimeoutError)
         if not known and type(error).__module__.split(".")[0] not in ("botocore", "aiobotocore", "aiohttp"):
@@ -160,10 +163,14 @@ class Remote:
             self.ask(lambda fs, path: (fs.invalidate_cache(), fs.rm(path, recursive=True))[1])
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """URL -> facts of the file, the files below the prefix or the matches of the glob, sorted."""
+        """URL -> facts of the file, the files below the prefix or the matches of the glob, sorted; of https:// the file alone."""
 
         def look(fs: Any, path: str) -> dict[str, dict[str, Any]]:
             fs.invalidate_cache()
+            if (
+                "://" in path
+            ):  # a web server, which has no listing: fsspec would read the file to look for links in it
+                return {self.url: fs.info(path)}
             found = fs.glob(path, detail=True) if re.search(r"[*?\[]", path) else fs.find(path, detail=True)
             base = path.split("*")[0].split("?")[0].split("[")[0]
             front = self.url[: self.url.index(base, self.url.index(":") + 1) + len(base)]
@@ -209,6 +216,7 @@ def _connected(url: str) -> tuple[Any, str]:
 
 
 def _without_keys(text: str) -> str:
+    text = re.sub(r"://[^/@\s]*@", "://***@", text)
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"):
         if value := os.environ.get(name):
             text = text.replace(value, "***")
@@ -222,10 +230,11 @@ def copy_of(url: str) -> Path:
     """Where the copy of a URL lies: readable, as error messages name it."""
     protocol, _, rest = url.partition("://")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    host = re.sub(r"[^\w.-]+", "_", endpoint.partition("://")[2]) if protocol in EXTRAS else ""
-    parts = [part for part in rest.split("/") if part]
-    if ".." in parts or "." in parts:
-        raise UserError("a '.' or '..' in a URL", where=url, fix="name the files without it")
+    server = endpoint.partition("://")[2].rpartition("@")[2]
+    host = re.sub(r"[^\w.-]+", "_", server) if protocol in EXTRAS else ""
+    parts = rest.strip("/").split("/")
+    if not {"", ".", ".."}.isdisjoint(parts):  # two keys could have one copy
+        raise UserError("a '.', '..' or '//' in a URL", where=url, fix="name the files without it")
     return Path(cache_root(), "remote", protocol, host, *parts)
 
 
@@ -246,9 +255,8 @@ def fetch(
         told: called with the bytes loaded, now and again.
 
     Raises:
-        UserError: nothing there, not what ``sha256`` says, or as `Remote`.
+        UserError: nothing there, not what ``sha256`` says, no room or right to write ``target``, or as `Remote`.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target):
         if sha256 and _noted(target).get("sha256") == sha256:
             return target
@@ -259,14 +267,20 @@ def fetch(
         if sha256 is None and _noted(target).get("version") == version:
             return target
         part = target.with_name(f"{target.name}.{version}.part")
-        for old in target.parent.glob(f"{_escaped(target.name)}.*.part"):
+        for old in target.parent.glob(f"{_escaped(target.name)}.{'[0-9a-f]' * 12}.part"):
             if old != part:
                 old.unlink()
         was_begun = part.exists()
+        watched = sha256 is None and (was_begun or (about["size"] or 0) > RANGE_BYTES)
+        before = source.about() if watched else None  # a listing may tell the facts in other words
         found = _load(source, part, about["size"], told)
         if sha256 not in (None, found) and was_begun:  # what lay there may be at fault
             part.unlink()
             found = _load(source, part, about["size"], told)
+        if watched and source.about() != before:  # ranges of two versions are none
+            part.unlink()
+            what = "changed while it was loaded"
+            raise UserError(what, where=str(source), fix="give the same command again")
         if sha256 not in (None, found):
             part.unlink()
             what = f"sha256 {found[:12]}..., its index says {str(sha256)[:12]}..."
@@ -290,9 +304,16 @@ def fetch_below(source: Remote, folder: Path | None = None) -> Path:
         raise UserError("nothing there", where=str(source), fix="check the URL and AWS_ENDPOINT_URL")
     if list(files) == [source.url.rstrip("/")]:
         return fetch(source, folder, about=files[source.url.rstrip("/")])
+    names = {}
     for url, about in files.items():
         if Remote(url).url == f"{source.url.rstrip('/')}/{Remote(url).name}":
-            fetch(Remote(url), folder / Remote(url).name, about=about)
+            names[Remote(url).name] = about
+    for name, about in names.items():
+        fetch(source / name, folder / name, about=about)
+    for note in folder.glob(".*.copy"):  # of a file that is gone there: a tokenizer made anew may have fewer
+        if (name := note.name[1 : -len(".copy")]) not in names:
+            (folder / name).unlink(missing_ok=True)
+            note.unlink(missing_ok=True)
     return folder
 
 
@@ -332,7 +353,10 @@ def _load(source: Remote, part: Path, size: int | None, told: Callable[[int], ob
 
 
 def _version(about: dict[str, Any]) -> str:
-    told = [about.get(name) for name in ("size", "ETag", "etag", "LastModified", "created", "mtime")]
+    # An ETag says it all; times are told more or less finely by a listing than by the file's own facts.
+    tag = about.get("ETag") or about.get("etag")
+    times = ("LastModified", "Last-Modified", "created", "mtime")
+    told = [about.get("size"), tag, *([] if tag else [about.get(name) for name in times])]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
@@ -356,6 +380,15 @@ def _escaped(name: str) -> str:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.with_name(f".{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except InterruptedError:  # by the caller
+        raise
+    except OSError as error:
+        what = f"no copy can be made: {error.strerror or error}"
+        raise UserError(
+            what, where=str(target), fix="make room, or set LMLAB_CACHE to another disk"
+        ) from error

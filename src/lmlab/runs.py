@@ -6,17 +6,20 @@
     run = train(["task=pretrain", "trainer.max_steps=100", "logger=none"])
     series(run.metrics, "val/loss")  # {step: value}
 
-The way is train.py's own: the same checks before anything is created, the same directory, the same files. Trade-off: several
-runs share one process, so on a CPU the measured memory of a later one holds what the earlier ones left; processes of their
-own are what ``python train.py -m`` is for. A .env file is not read: the environment is the notebook's.
+The way is train.py's own: the same checks before anything is created, the same directory, the same files. W&B's variables,
+random states, signal handlers and streams are afterwards as they were. Trade-off: several runs share one process, so on a
+CPU the measured memory of a later one holds what the earlier ones left, and malloc's thresholds stay those of a training;
+processes of their own are what ``python train.py -m`` is for. A .env file is not read: the environment is the notebook's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lmlab import ranks
 from lmlab.config.compose import compose_config
@@ -43,10 +46,11 @@ def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> RunFiles:
     ranks.refuse_front_door()
     config = compose_config(overrides)
     _refuse_processes(config)
-    plan = plan_run(config, overrides)
-    create_run(plan, overrides)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_as_it_was())
+        plan = plan_run(config, overrides)
         stack.callback(plan.run.release)
+        create_run(plan, overrides)
         if quiet:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -61,7 +65,13 @@ def train(overrides: Sequence[str] = (), *, quiet: bool = False) -> RunFiles:
 
 
 def _refuse_processes(config: RunConfig) -> None:
-    """Refuse what starts processes, or begins this one again."""
+    """Refuse what starts processes, or begins this one again; and a thread that no signal reaches."""
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError(
+            "a run needs the main thread, the one that signals reach",
+            where="lmlab.runs.train",
+            fix="call it there, or run python train.py in a shell",
+        )
     wrong = {
         "hparams_search": config.hparams_search.kind != "none",
         "trainer.devices": world_size(config) > 1,
@@ -74,3 +84,26 @@ def _refuse_processes(config: RunConfig) -> None:
                 where="lmlab.runs.train",
                 fix="leave it out, or run python train.py in a shell",
             )
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Random states, and W&B's variables (WANDB_DATA_DIR is this run's folder), are not for what comes after the run."""
+    import numpy as np
+    import torch
+
+    python, numpy, wandb = random.getstate(), np.random.get_state(), _wandb_variables()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for name in _wandb_variables():
+            del os.environ[name]
+        os.environ.update(wandb)
+
+
+def _wandb_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}

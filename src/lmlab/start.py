@@ -25,6 +25,7 @@ from typing import Any
 from lmlab import ranks
 from lmlab.config.compose import fingerprint, freeze, to_run_config
 from lmlab.config.schema import RunConfig
+from lmlab.config.shorthand import told_config_dir
 from lmlab.data.chat_templates import (
     chat_renderer,
     chat_template_source,
@@ -314,6 +315,7 @@ def create_run(plan: Plan, overrides: Sequence[str]) -> None:
         {
             "run_name": config.run_name,
             "argv": [Path(sys.argv[0]).name, *overrides],
+            "flags": told_config_dir(sys.argv[1:]),
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "seed": config.seed,
             "config_hash": fingerprint(config),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ STARTED = time.monotonic()
 SHUTDOWN_SECONDS = 120
 """What ranks that were told to stop have for their step and their checkpoint; torch's own default is 30."""
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REQUEUE = 128 + signal.SIGUSR1
 """Exit code after SIGUSR1, which SLURM sends ahead of a time limit (``#SBATCH --signal=USR1@90``)."""
 
@@ -172,9 +174,19 @@ def _stopping(launch_config: Any) -> dict[str, Any]:
 
 def run_rank(run: RunDir, config: RunConfig, *, started: float = STARTED) -> int:
     """Be one rank: build, train, write down how it ended; the exit code. Nothing is raised."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        return _run_rank(run, config, started)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_rank(run: RunDir, config: RunConfig, started: float) -> int:
     from lmlab.session import Session
 
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    interrupt = signal.getsignal(signal.SIGINT)
     for number in (signal.SIGTERM, signal.SIGUSR1):  # outside the steps, where `GracefulStop` has its own
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     session = Session(run, config, started=started)
@@ -193,6 +205,8 @@ def run_rank(run: RunDir, config: RunConfig, *, started: float = STARTED) -> int
         code, reason = 130, "stopped by Ctrl-C"
     except SystemExit as error:
         code, reason = (error.code if isinstance(error.code, int) else 1), "stopped"
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of it
+            code, reason = 130, "stopped by Ctrl-C"
     except (
         Exception
     ) as error:  # the last resort: whatever it was, it is written down and the run is closed as failed
@@ -208,38 +222,62 @@ def run_rank(run: RunDir, config: RunConfig, *, started: float = STARTED) -> int
             print(f"error: the run failed: {_short(error)} (the lines above say where)", file=sys.stderr)
     finally:
         if agreed:  # what is left is bounded, and a launcher that passes the signal on must not cut it short
-            for number in old:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, interrupt)  # Lightning has it ignored after the first
         session.close(code, reason)
-        for number, handler in old.items():
-            signal.signal(number, handler)
     # The first rank, which still saves and requeues, speaks for all: a launcher ends the others at the first bad code.
     return 0 if agreed and session.rank != 0 else code
 
 
 class _Patient:
-    """A stream whose reader may go away (``| head``): what is printed then is for nobody, and the run goes on."""
+    """A stream that a run outlives: its reader may go away (``| head``), its terminal be closed, its disk be full.
+
+    What is printed for nobody is dropped; what a full disk does not take is lost until it does, which is said once; a
+    character that the stream's encoding does not have is an escape.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._is_full = False
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BrokenPipeError:
-            self._to_nowhere()
+        except UnicodeEncodeError as error:
+            return self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except OSError as error:
+            self._spare(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
+        except OSError as error:
+            self._spare(error)
+
+    def _spare(self, error: OSError) -> None:
+        if error.errno not in NO_ROOM:
             self._to_nowhere()
+        elif not self._is_full:
+            self._is_full = True  # first, as stderr may lie on that disk too
+            said = f"warning: what is printed cannot be written ({error.strerror}): it is lost until it can"
+            print(said, file=sys.stderr)
+
+    def end(self) -> None:
+        """A last try at what a full disk has left in the buffer, which would be an error of the process's end."""
+        if self._is_full:
+            try:
+                self._stream.flush()
+            except OSError:
+                self._to_nowhere()
 
     def _to_nowhere(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
+        with contextlib.suppress(OSError):  # no file of the system
+            target = self._stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, target)
+            os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -247,13 +285,17 @@ class _Patient:
 
 @contextlib.contextmanager
 def patient_streams() -> Iterator[None]:
-    """Streams whose readers may go away without ending what is printed to them."""
+    """Streams that may fail without ending what prints to them."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Patient(stream) for stream in before)  # type: ignore[assignment]
+    patient = [None if stream is None else _Patient(stream) for stream in before]  # None: closed (``>&-``)
+    sys.stdout, sys.stderr = patient  # type: ignore[assignment]
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+        for each in patient:
+            if each is not None:
+                each.end()
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -41,17 +41,17 @@ def run_config(composed: Compose) -> Compose:
 def command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> CommandLine:
-    """``command_line(*arguments)`` -> (exit code, stdout, stderr) of train.py up to the validated config."""
+    """``command_line(*arguments, **of run_app)`` -> (exit code, stdout, stderr) of train.py up to the validated config."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored afterwards
     monkeypatch.setenv("GOMP_SPINCOUNT", "1")
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, **options: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         capsys.readouterr()
-        code = run_app(lambda config, overrides: 0 if to_run_config(config) else 1)
+        code = run_app(lambda config, overrides: 0 if to_run_config(config) else 1, **options)
         assert list(folder.iterdir()) == [], "nothing may be written before the run starts"
         captured = capsys.readouterr()
         return code, captured.out, captured.err

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from lmlab.config.compose import CONF, dump_yaml, fingerprint, load_frozen, to_run_config
+from lmlab.plugged import samplers_of
 from lmlab.records import RefusedError, UserError
 from lmlab.registry import data_sources
 
@@ -215,14 +216,17 @@ def test_a_frozen_object_cannot_be_changed(run_config: Compose) -> None:
         config.optim.lr = 3.0
 
 
-@pytest.mark.parametrize("text", ["", "just text\n", "[1, 2]\n", "a: [1\n", None])
-def test_a_file_that_is_no_frozen_config_is_refused(tmp_path: Path, text: str | None) -> None:
+@pytest.mark.parametrize("content", [b"", b"just text\n", b"[1, 2]\n", b"a: [1\n", b"a: \xff\n", None])
+def test_a_file_that_is_no_frozen_config_is_refused(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "config.yaml"
-    if text is not None:
-        file.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        load_frozen(file)
-    assert str(file) in str(caught.value)
+    if content is not None:
+        file.write_bytes(content)
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    for read in (lambda: load_frozen(file), lambda: samplers_of(str(tmp_path), wanted=["a_plugin_s"])):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("model", "precision"), [("llama_tiny", "fp32"), ("llama_30m", "bf16")])

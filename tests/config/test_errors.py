@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lmlab.config.compose import CONF
+from lmlab.config.compose import CONF, run_app
 from lmlab.config.errors import combined, known_keys
 from lmlab.config.plaintext import refuse_secrets
 from lmlab.records import RefusedError, UserError
@@ -359,3 +360,28 @@ def test_cfg_shows_the_composed_config(tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert "kind: nf4" in out
     assert "output_root: outputs" in out
+
+
+@pytest.mark.parametrize("told", ["-m", "--multirun", "hydra.mode=MULTIRUN"])
+def test_a_script_that_plans_or_checks_starts_no_sweep(command_line: CommandLine, told: str) -> None:
+    code, out, line = command_line(told, "seed=1,2", sweeps=False)
+    assert (code, out) == (2, "")
+    assert line == "error: a sweep would train every combination (--multirun): give one value for each key\n"
+
+
+def test_plan_py_refuses_a_sweep(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "plan.py"), "-m", "optim.lr=none,nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: a sweep would train")
+
+
+def test_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(config: object, overrides: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "outputs/run.json")
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert run_app(full) == 1
+    assert capsys.readouterr().err == "error: No space left on device (outputs/run.json): make room\n"

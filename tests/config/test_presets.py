@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lmlab.records import UserError
 from .conftest import Compose
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
-PUBLISHED = {  # the safetensors metadata of the hub's pages ("Model size"), read at huggingface.co/api/models/ID
+PUBLISHED = {  # trained parameters, tied ones once: "Model size" of the hub's pages, of Pythia its README's table
     "pythia_160m": 162_322_944,
     "smollm2_135m": 134_515_008,
     "smollm2_360m": 361_821_120,
@@ -110,6 +111,8 @@ def test_what_sets_a_family_apart_is_in_its_shape(run_config: Compose) -> None:
     factors = [shape(run_config, name).rope_parameters["factor"] for name in ("llama_3_2_1b", "llama_3_1_8b")]
     assert factors == [32.0, 8.0]
     assert shape(run_config, "mistral_7b_v0_3").sliding_window is None
+    spreads = [shape(run_config, name).initializer_range for name in ("smollm2_135m", "smollm2_360m")]
+    assert spreads == [1 / 24, 0.02]
 
 
 @pytest.mark.parametrize(
@@ -165,13 +168,17 @@ def test_the_page_says_what_the_plan_says_now(name: str, way: str) -> None:
 def test_a_table_goes_between_the_marks_of_a_page_and_nowhere_else(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    write_table(page, "| new |")
+    write_table(page, lambda: "| new |")
     assert page.read_text(encoding="utf-8") == f"before\n{BEGIN}\n| new |\n{END}\nafter\n"
+
+    def never() -> str:
+        raise AssertionError("the work of minutes was begun")
+
     page.write_text("nothing\n", encoding="utf-8")
     with pytest.raises(UserError, match="no place for the table"):
-        write_table(page, "x")
+        write_table(page, never)
     with pytest.raises(UserError, match="no page to write to"):
-        write_table(tmp_path / "none.md", "x")
+        write_table(tmp_path / "none.md", never)
 
 
 def in_scratch(run_config: Compose, experiment: str, *more: str) -> Any:
@@ -269,6 +276,47 @@ def test_groups_told_from_one_layer_are_those_of_all(run_config: Compose) -> Non
     whole = run_groups(replace(plan.run(), adapter=apart))
     assert run_groups(plan.run()) == whole
     assert len(whole.layers) == plan.hf_config.num_hidden_layers
+
+
+@pytest.mark.slow
+def test_a_plan_of_the_cache_is_not_that_of_another_optimizer_s_state(run_config: Compose) -> None:
+    plain, heavy = (
+        small(run_config, "samples.grid=[]", "optim=sgd", f"optim.momentum={momentum}").made()
+        for momentum in (0.0, 0.9)
+    )
+    assert plain.phases["optimizer"]["optimizer"] == 0
+    assert heavy.phases["optimizer"]["optimizer"] == heavy.phases["optimizer"]["gradients"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_registries")
+def test_a_plan_of_the_cache_is_not_that_of_a_plugin_s_older_code(
+    run_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = """
+import torch
+from typing import Literal
+from lmlab.models.adapters import AdapterConfig
+from lmlab.registry import adapters
+
+@adapters.register
+class Some(AdapterConfig):
+    kind: Literal["some"]
+
+    def apply(self, model, *, seed, token_rows=()):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("WHICH" in name)
+        return model
+"""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    trained = []
+    for which in ("norm", "mlp"):
+        sys.modules.pop("outside_some", None)
+        (tmp_path / "outside_some.py").write_text(source.replace("WHICH", which), encoding="utf-8")
+        words = ["plugins=[outside_some]", "~adapter", "+adapter.kind=some", "samples.grid=[]"]
+        told = ["model=llama_tiny", "tokenizer=bpe", "trainer=gpu", "data.max_length=64"]
+        trained.append(plan_of_config(run_config(*told, *words)).made().phases["optimizer"]["gradients"])
+    assert 0 < trained[0] < trained[1]
 
 
 class _Apart:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -431,6 +433,56 @@ def test_a_folder_with_other_things_is_not_touched(build: Build, source: Path, t
     assert contents(tmp_path / "corpus") == {"mine.txt": b"mine"}
 
 
+def test_another_s_index_is_no_corpus_to_overwrite(build: Build, source: Path, tmp_path: Path) -> None:
+    for name, content in {"index.json": "[1]", "train/cat.png": "cat", "tokenizer/mine": "mine"}.items():
+        (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "site" / name).write_text(content, encoding="utf-8")
+    before = contents(tmp_path / "site")
+    for text in ("[1]", '{"name": "photos"}', "", "{"):
+        (tmp_path / "site/index.json").write_text(text, encoding="utf-8")
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="not empty, and no corpus"):
+                build(source, to="site", overwrite=overwrite)
+    assert contents(tmp_path / "site") == {**before, "index.json": b"{"}
+
+
+def test_another_s_temporary_files_stay(build: Build, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/notes.tmp").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="not empty, and no corpus"):
+        build(source)
+    assert contents(tmp_path / "corpus") == {"notes.tmp": b"mine"}
+
+
+def test_what_is_dropped_at_the_end_is_dropped_before_another_may_begin(
+    build: Build, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked: list[bool] = []
+    remove = FolderStore.remove
+
+    def watched(store: FolderStore, *names: str) -> None:
+        try:
+            with FolderStore(store.folder).locked():
+                locked.append(False)
+        except UserError:
+            locked.append(True)
+        remove(store, *names)
+
+    monkeypatch.setattr(FolderStore, "remove", watched)
+    build(source)
+    assert locked
+    assert all(locked)
+
+
+def test_a_place_without_locks_is_not_called_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(file: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(UserError, match="cannot be locked: No locks"), FolderStore(tmp_path).locked():
+        pass
+
+
 def test_two_runs_at_once_are_refused(build: Build, source: Path) -> None:
     def progress(stage: str, done: int, total: int) -> None:
         if stage == "encode":
@@ -480,6 +532,16 @@ def test_a_killed_worker_is_said_and_not_waited_for() -> None:
         Crew(None, 2, lambda *about: None) as crew,
     ):
         crew.run("stage", die, [1, 2, 3], total=3)
+
+
+def test_a_worker_that_dies_while_it_waits_is_said_too() -> None:
+    with Crew(5, 1, lambda *about: None) as crew:
+        assert crew.run("scan", square, [2], total=2**20) == [9]
+        (process,) = multiprocessing.active_children()
+        process.kill()
+        process.join()
+        with pytest.raises(RunFailedError, match=r"a worker process died with exit code -9 \(encode; "):
+            crew.run("encode", square, [2], total=2**20)
 
 
 def test_a_full_disk_is_one_line() -> None:

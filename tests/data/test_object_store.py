@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from lmlab.data.files import find_files
 from lmlab.data.prepare import TextEncoder, prepare
 from lmlab.data.shards import Shards
 from lmlab.data.sources import Intake
+from lmlab.data.store import store_at
 from lmlab.records import UserError
 from lmlab.remote import Remote
 from lmlab.tokenizers import load_tokenizer, tokenizer_hash
@@ -173,6 +177,29 @@ def test_a_missing_bucket_and_a_busy_place_are_said(
 
     with pytest.raises(UserError, match="another process is writing this corpus"):
         build(f"{s3}-busy", progress=again)
+
+
+def test_what_killed_workers_left_on_this_machine_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("lmlab-corpus-killed", "lmlab-corpus-held", "lmlab-corpus-young", "others"):
+        (tmp_path / name / "train").mkdir(parents=True)
+        os.utime(tmp_path / name, (1, 1))
+    os.utime(tmp_path / "lmlab-corpus-young")
+    held = os.open(tmp_path / "lmlab-corpus-held", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    store = store_at("memory://staged")
+    with store.staged() as folder:
+        assert folder.parent == tmp_path
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "lmlab-corpus-held", "lmlab-corpus-young", "others", folder.name,
+        }  # fmt: skip
+        (folder / "train").mkdir()
+        (folder / "train/a.tokens").write_bytes(b"ids")
+    os.close(held)
+    assert not folder.exists()
+    assert store.sizes() == {"train/a.tokens": 3}
 
 
 def test_file_urls_are_paths(build: Callable[..., CorpusIndex], tmp_path: Path, make_config: Make) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from fsspec.registry import _registry
 
 from lmlab.data.corpus import build_corpus
 from lmlab.data.crew import Tick
 from lmlab.data.files import find_files
 from lmlab.data.ray_crew import RayCrew
-from lmlab.data.store import FolderStore, StorageProbe
+from lmlab.data.store import FolderStore, ObjectStore, StorageProbe
 from lmlab.records import RunFailedError, UserError
+from lmlab.remote import Remote
 from tests.data.test_corpus import OPTIONS, ByteEncoder, contents
 from tests.object_store import free_port
 
@@ -171,7 +173,7 @@ def test_a_cluster_that_was_there_is_used_and_left(source: Path, tmp_path: Path)
         assert not psutil.wait_procs(children, timeout=30)[1]
 
 
-def test_what_a_node_without_the_storage_says(tmp_path: Path) -> None:
+def test_what_a_node_without_the_storage_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FolderStore(tmp_path / "corpus")
     store.write("here.tmp", {})
     file = tmp_path / "a.txt"
@@ -183,6 +185,12 @@ def test_what_a_node_without_the_storage_says(tmp_path: Path) -> None:
         StorageProbe(store, ((str(tmp_path / "gone.txt"), 4),), "here.tmp")()
     with pytest.raises(UserError, match=r"does not see what is written here"):
         StorageProbe(store, (), "there.tmp")()
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    with pytest.raises(
+        UserError, match=r"a worker on \S+ cannot use the output: .*pip install 'lmlab\[s3\]'"
+    ):
+        StorageProbe(ObjectStore(Remote("s3://lab/corpus")), (), "here.tmp")()
     store.folder.rename(tmp_path / "file")
     (tmp_path / "corpus").symlink_to("/proc")  # where nobody can make a file
     with pytest.raises(UserError, match=r"cannot write the output"):

@@ -12,7 +12,7 @@ from .pages import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = README.partition("## The tree")[2].partition("\n## ")[0]
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-PRESETS = ("model", "data", "experiment", "sweep")
+PRESETS = ("model", "data", "sweep")
 """Groups with many options, which have pages of their own."""
 
 

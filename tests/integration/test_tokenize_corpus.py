@@ -304,6 +304,9 @@ def test_a_corpus_on_s3_trains_and_no_file_of_the_run_has_the_key(
         assert (
             "data.path=s3://lab/corpus tokenizer=file tokenizer.path=s3://lab/corpus/tokenizer" in done.stdout
         )
+        again = command(SCRIPT, "s3://lab/corpus", *told, *SMALL, **environment)
+        assert again.returncode == 0, again.stderr
+        assert "all of it was there" in again.stdout, "its own index.json is no input"
         options = [
             "data=shards",
             "tokenizer=file",
@@ -338,6 +341,9 @@ def test_a_corpus_on_s3_trains_and_no_file_of_the_run_has_the_key(
         (["--workers", "0"], "error: bad value 0 (--workers): at least 1"),
         (["--val-fraction", "1"], "error: bad value 1.0 (--val-fraction): between 0 and 1"),
         (["--shard-mb", "0"], "error: bad value 0.0 (--shard-mb): above 0"),
+        (["--shard-mb", "inf"], "error: bad value inf (--shard-mb): above 0"),
+        (["--shard-mb", "1e-9"], "error: bad value 1e-09 (--shard-mb): above 0"),
+        (["--to", "s3://lab/run[1]"], "error: a corpus at a pattern (s3://lab/run[1]): name one place"),
         (["--limit-documents", "0"], "error: bad value 0 (--limit-documents): at least 1"),
         (
             ["--ray", "127.0.0.1:1"],

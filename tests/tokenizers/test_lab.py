@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 
 from lmlab.config.compose import compose_config, run_app
 from lmlab.data.prepare import training_texts
-from lmlab.tokenizer_lab.compare import train_command
+from lmlab.records import UserError
+from lmlab.tokenizer_lab.compare import free_folder, train_command
 from lmlab.tokenizer_lab.options import LAB, LabConfig
 from lmlab.tokenizer_lab.texts import held_out_groups
 from lmlab.tokenizers import load_tokenizer
@@ -194,7 +196,17 @@ def test_each_command_names_its_tokenizer_and_the_data(results: dict[str, Any], 
     assert value == "tokenizer.path=" + ",".join(row["path"] for row in trained)
 
 
-def test_a_path_that_hydra_would_read_otherwise_is_quoted() -> None:
+@pytest.mark.parametrize("told", [["--config-dir", "my conf"], ["--config-dir=my conf"], ["-cd", "my conf"]])
+def test_a_command_names_the_folder_of_its_own_config_files(
+    told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", "-m", *told, "model=mine"])
+    words = shlex.split(train_command(["model=mine"], "out/a"))
+    assert words[:5] == ["python", "train.py", "--config-dir", "my conf", "task=pretrain"]
+
+
+def test_a_path_that_hydra_would_read_otherwise_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_tokenizer.py"])
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     for path in ("out/a b/1-x=y,z", "out/it's", "out/plain-1.5"):
@@ -226,15 +238,74 @@ def test_a_mix_is_measured_by_source_and_field(folder: Path) -> None:
     rows = [{"lang": lang, "text": f"{lang} {i}"} for lang in ("eng", "fra") for i in range(60)]
     (folder / "langs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     sources = f"data.sources=[{{kind: text, path: {folder}/train.txt, weight: 1}}, {{path: {folder}/langs.jsonl, weight: 1}}]"
-    lab = LabConfig(
-        texts=[], group_by=["lang"], against=[], hidden_size=None, max_chars=10_000, excerpt_chars=0
-    )
     config = compose_config(["task=pretrain", "data=mix", sources, "data.val_fraction=0.2"])
-    groups, notes = held_out_groups(lab, [config, config], compose_config)
+    groups, notes = held_out_groups(lab_config(), [config, config], compose_config)
     assert set(groups) == {"train (validation)", "langs: eng (validation)", "langs: fra (validation)"}
     assert all(text.startswith("fra ") for text in groups["langs: fra (validation)"])
     assert 0 < len(groups["langs: eng (validation)"]) < 40
     assert notes == ["measured on the validation side of data, which no tokenizer trained here has seen"]
+
+
+def lab_config(*texts: str) -> LabConfig:
+    return LabConfig(
+        texts=list(texts), group_by=["lang"], against=[], hidden_size=None, max_chars=10_000, excerpt_chars=0
+    )
+
+
+def test_a_text_of_a_mix_was_trained_on_too(folder: Path) -> None:
+    sources = f"data.sources=[{{kind: text, path: {folder}/train.txt, weight: 1}}]"
+    config = compose_config(["task=pretrain", "data=mix", sources])
+    _, notes = held_out_groups(lab_config(f"{folder}/train.txt"), [config], compose_config)
+    assert notes == [f"{folder}/train.txt is among the training text of these tokenizers"]
+
+
+def test_files_of_one_name_are_groups_of_their_own(folder: Path, tmp_path: Path) -> None:
+    config = compose_config(["task=pretrain", "data=text", f"data.path={folder}/train.txt"])
+    given = [str(tmp_path / name) for name in ("en/test.txt", "fr/test.txt", "other.txt", "*/t*.txt")]
+    for path in given[:3]:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(path, encoding="utf-8")
+    groups, _ = held_out_groups(lab_config(*given), [config], compose_config)
+    assert groups == {
+        given[0]: [given[0]],
+        given[1]: [given[1]],
+        "other": [given[2]],
+        given[3]: given[:2],
+    }
+
+
+def test_validation_sides_that_differ_are_said(folder: Path) -> None:
+    data = ["task=pretrain", "data=text", f"data.path={folder}/train.txt"]
+    told = (["data.max_length=64"], ["data.max_length=128"], ["data.val_fraction=0.5"])
+    same, longer, other = (compose_config([*data, *more]) for more in told)
+    groups, notes = held_out_groups(lab_config(), [same], compose_config)
+    assert held_out_groups(lab_config(), [same, longer], compose_config) == (groups, notes)
+    _, notes = held_out_groups(lab_config(), [same, other], compose_config)
+    (note,) = notes
+    assert note.startswith("measured on the validation sides of 2 settings of data")
+
+
+def test_there_is_no_one_command_where_the_data_differ_too() -> None:
+    commands = [train_command([f"data.path={path}"], f"out/{path}") for path in ("a", "a", "b")]
+    rows = [{"status": "trained", "command": command} for command in commands]
+    assert "tokenizer.path=out/a,out/a" in tokenizer_page.sweep_command(rows[:2])
+    assert tokenizer_page.sweep_command(rows) == ""
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(folder: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written to"):
+        free_folder(str(folder / "train.txt"), "name", overwrite=False)
+
+
+def test_nobody_reads_what_it_prints(lab: Lab, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``... | head -1``: the page is made all the same."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        code, _, err = lab("tokenizer.vocab_size=270,280", "run_name=head")
+    assert (code, err) == (0, "")
+    assert (folder / "out/tokenizers/head/report.html").exists()
 
 
 @pytest.mark.slow

@@ -43,3 +43,13 @@ def test_nothing_to_do_is_finished_at_once() -> None:
     began = time.monotonic()
     Errands().finish(60)
     assert time.monotonic() - began < 30
+
+
+def test_no_thread_is_left_waiting() -> None:
+    before = set(threading.enumerate())
+    errands = Errands()
+    errands.add(lambda: None, instead=lambda: None)
+    (thread,) = set(threading.enumerate()) - before
+    errands.finish(30)
+    thread.join(30)
+    assert not thread.is_alive()

@@ -48,3 +48,12 @@ def test_a_list_has_each_figure_beside_its_heading() -> None:
         "  long",
         "  status refused",
     ]
+
+
+def test_a_stream_that_is_not_utf_8_gets_escapes() -> None:
+    held = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(held, encoding="ascii"), width=80)
+    print_figures(console, "caf\u00e9", ("text", "rate"), [["fr\u0119", "\u2013"]], box=SIMPLE)
+    console.file.flush()
+    words = held.getvalue().decode("ascii").split()
+    assert {"caf\\xe9", "fr\\u0119", "\\u2013"} <= set(words)

@@ -250,12 +250,15 @@ def test_the_served_list_follows_the_runs(browser: Browser, root: Path) -> None:
             browser.open(url)
             type_in(browser, "n", 0)
             browser.run("document.querySelector('.fold').click()")
+            link = "Array.from(document.querySelectorAll('#runs a')).find(a => a.textContent === 'one')"
+            browser.run(f"{link}.focus()")
             with open(root / "sft" / "one" / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write('{"step": 30, "val/loss": 0.25}\n')
             small_run(root / "sft" / "new")
             small_run(root / "sft" / "xyz")
             shows("#runs", "0.2500")
             shows("#tally", "7 runs")
+            assert browser.run(f"document.activeElement === {link}"), "where the keyboard was, in the new row"
             assert sorted(browser.run(SEEN)) == ["new", "one"], "the filter holds for what came"
             type_in(browser, "")
             assert {"grid", "0-lr=0", "1-lr=1", "xyz"} < set(browser.run(SEEN)), "and what was unfolded is"

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from html import unescape
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 
 import pytest
 
 from lmlab.records import UserError
+from lmlab.tracking import serve
 from lmlab.tracking.results import write_results
 from lmlab.tracking.serve import HOST, KINDS, Server
 
@@ -40,6 +45,8 @@ def root(tmp_path: Path) -> Path:
     (root / ".git" / "a.json").write_text(SECRET, encoding="utf-8")
     os.symlink(tmp_path / "secret.json", run / "out.json")
     os.symlink(run / "weights.safetensors", run / "weights.json")
+    os.symlink(root / ".git" / "a.json", run / "hidden.json")
+    os.mkfifo(run / "pipe.log")
     os.symlink(tmp_path, root / "up")
     return root
 
@@ -126,6 +133,7 @@ def test_a_page_older_than_its_run_is_made_now(server: Server, root: Path) -> No
     "path",
     ["/../secret.json", "/sft/../../secret.json", "/..%2fsecret.json", "/%2e%2e/secret.json", "/sft/%2e%2e/%2e%2e/secret.json",
      "//secret.json", "/sft//good/summary.json", "/up/secret.json", "/sft/good/out.json", "/sft/good/weights.json",
+     "/sft/good/hidden.json", "/sft/good/pipe.log",
      "/sft/good/weights.safetensors", "/sft/good/script.py", "/.env", "/.hidden.json", "/.git/a.json", "/sft/good/.lock",
      "/sft", "/sft/good", "/sft/good/", "/sft/good/nothing.json", "/sft/good/summary.json%00.html", "/sft%5c..%5csecret.json",
      "/c:/secret.json", "secret.json", "http://127.0.0.1/sft/good/summary.json", "*", "/sft/good/..;/summary.json", "/" + "a" * 5000 + ".json"],
@@ -181,6 +189,31 @@ def test_no_other_site_may_use_the_answers(server: Server, path: str) -> None:
     assert "http" not in policy
 
 
+def test_no_script_runs_but_that_of_our_pages(server: Server, root: Path) -> None:
+    (root / "sft" / "good" / "theirs.html").write_text("<script>fetch('/')</script>", encoding="utf-8")
+    ours = re.search(r"script-src ('sha256-[^']+')", unescape(ask(server, "/")[1]))
+    assert ours is not None
+    for path in ("/", "/sft/good/theirs.html"):
+        told = ask(server, path)[0].headers["Content-Security-Policy"].split("; ")
+        assert [part for part in told if part.startswith("script-src")] == [f"script-src {ours[1]}"]
+
+
+def test_a_file_that_shrinks_while_it_is_sent_holds_nobody(
+    server: Server, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = serve._Part.read
+
+    def cut(part: serve._Part, amount: int) -> bytes:
+        os.truncate(root / "sft" / "good" / "console.log", 3)
+        return read(part, amount)
+
+    monkeypatch.setattr(serve._Part, "read", cut)
+    (root / "sft" / "good" / "console.log").write_bytes(b"x" * 10)
+    with socket.create_connection((HOST, server.server_address[1]), timeout=20) as line:
+        line.sendall(b"GET /sft/good/console.log HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert line.makefile("rb").read().endswith(b"\r\n\r\nxxx"), "and then the line is closed"
+
+
 def test_it_listens_on_this_machine_alone(server: Server) -> None:
     assert server.socket.getsockname()[0] == server.server_address[0] == "127.0.0.1"
     assert ".py" not in KINDS
@@ -200,6 +233,20 @@ def test_one_that_stops_halfway_does_not_hold_the_others(server: Server) -> None
     with socket.create_connection((HOST, server.server_address[1])) as line:
         line.sendall(b"GET / HT")
         assert ask(server, "/")[0].status == 200
+
+
+def test_one_that_breaks_off_leaves_the_terminal_alone(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_connection((HOST, server.server_address[1])) as line:
+        line.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT")
+        line.recv(1)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no goodbye
+    deadline = time.monotonic() + 20
+    while any("process_request" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_broken_run_is_a_row_here_too(server: Server, root: Path) -> None:

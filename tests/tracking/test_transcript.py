@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import os
 import re
@@ -110,6 +111,20 @@ def test_colours_as_rich_has_them_and_never_in_the_file(
     assert ("\x1b[32m" in pipe.getvalue()) == (colour == "FORCE_COLOR")
     assert not made.is_live, "a forced colour makes no terminal of a pipe"
     assert logged(tmp_path)[1:] == ["finished"]
+
+
+def test_in_jupyter_it_goes_to_stdout_and_to_the_file(
+    transcript: Callable[..., tuple[Transcript, io.StringIO]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rich would send both to the notebook, past a redirected stdout and past the file."""
+    shell = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setattr(builtins, "get_ipython", lambda: shell, raising=False)
+    assert Console().is_jupyter
+    made, pipe = transcript()
+    made.say("one")
+    made.close()
+    assert pipe.getvalue() == "one\n"
+    assert logged(tmp_path)[1:] == ["one"]
 
 
 def test_stderr_is_in_the_file_too_and_given_back(

@@ -6,6 +6,7 @@ wrong type or range (with key, value and what is allowed), a secret in plain tex
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -32,10 +33,20 @@ NO_EFFECT_ON_RESULT = (
 )
 
 
-def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "train", own: str = "") -> int:
-    """Run ``function(composed config, overrides)`` under Hydra; the exit code. ``own``: a key of the file that is no run's.
+def run_app(
+    function: Callable[[Any, list[str]], int],
+    *,
+    config_name: str = "train",
+    own: str = "",
+    sweeps: bool = True,
+) -> int:
+    """Run ``function(composed config, overrides)`` under Hydra; the exit code.
 
     Hydra handles its own flags (--help, --cfg, --multirun, --config-dir, tab completion).
+
+    Args:
+        own: a key of the file that is no run's.
+        sweeps: False where ``-m`` is refused, as the file's sweeper would train the combinations, whatever ``function`` does.
     """
     import hydra
     from hydra.errors import HydraException
@@ -56,6 +67,10 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
 
     try:
         flags = _check_command_line(sys.argv[1:])
+        if not sweeps and (flags.multirun or "hydra.mode" in map(_key_of, flags.overrides)):
+            raise UserError(
+                "a sweep would train every combination", where="--multirun", fix="give one value for each key"
+            )
         try:
             app()  # composes, or sweeps under --multirun, or prints help
         except (HydraException, OmegaConfBaseException) as error:
@@ -74,6 +89,10 @@ def run_app(function: Callable[[Any, list[str]], int], *, config_name: str = "tr
     except BrokenPipeError:  # `--help | head`: whoever read it has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return report_error(RunFailedError(f"{error.strerror} ({error.filename or 'disk'}): make room"))
 
 
 def compose_config(overrides: Sequence[str] = ()) -> Any:
@@ -356,14 +375,24 @@ def load_frozen(path: Path) -> Any:
     Raises:
         UserError: not there, or not a run's config.
     """
+    return to_run_config(frozen_values(path))
+
+
+def frozen_values(path: Path) -> dict[str, Any]:
+    """What stands in a run directory's config.yaml; plugins are not imported and nothing is validated.
+
+    Raises:
+        UserError: not there, or not a run's config.
+    """
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"no readable config: {error}", where=str(path), fix="give a run directory"
+            f"no readable config: {reason}", where=str(path), fix="give a run directory"
         ) from error
     if not isinstance(values, dict):
         raise UserError("not a run's config", where=str(path), fix="give a run directory")
-    return to_run_config(values)
+    return values

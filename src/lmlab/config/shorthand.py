@@ -1,7 +1,8 @@
-"""What a command line may say shortly: an optimizer by its name alone, the run's own sampler in the sample grid."""
+"""What a command line may say shortly (an optimizer by its name, the sampler in the sample grid), and what it said of its folder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,12 @@ def values_of_defaults(group: str) -> dict[str, Any]:
     option = next(d[group] for d in defaults["defaults"] if isinstance(d, dict) and group in d)
     content: Any = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
     return content
+
+
+def told_config_dir(arguments: Sequence[str]) -> list[str]:
+    """``--config-dir FOLDER`` of a command line, for commands that compose the same config again; else nothing."""
+    for place, word in enumerate(arguments):
+        name, mark, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            return ["--config-dir", *([value] if mark else arguments[place + 1 : place + 2])]
+    return []

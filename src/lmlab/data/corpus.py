@@ -160,9 +160,10 @@ def build_corpus(
                 jobs = _jobs(units, facts, store, options)
                 _encode(store, jobs, crew, verify=verify)
                 _finish(store, plan, jobs, encoder)
-    store.remove(UNITS, PLAN)
-    store.drop_leftovers()
-    return CorpusIndex.load(place)
+        # Under the lock still: the next run may begin anew as soon as it is free.
+        store.remove(UNITS, PLAN)
+        store.drop_leftovers()
+        return CorpusIndex.load(place)
 
 
 def _begun_plan(encoder: CorpusEncoder, options: CorpusOptions, tokenizer_hash: str) -> dict[str, Any]:
@@ -182,7 +183,9 @@ def _begun_plan(encoder: CorpusEncoder, options: CorpusOptions, tokenizer_hash: 
 @contextlib.contextmanager
 def _opened(store: Store, *, overwrite: bool) -> Iterator[None]:
     """The store for one run alone; emptied under ``overwrite``."""
-    if store.size(INDEX) is None and store.size(PLAN) is None and not store.is_empty():
+    there = [name for name in (INDEX, PLAN) if store.size(name) is not None]
+    # Others' folders have an index.json too, and --overwrite must not empty them.
+    if not all("format" in store.read(name) for name in there) or not (there or store.is_empty()):
         raise UserError("not empty, and no corpus", where=str(store), fix="choose another --to")
     with store.locked():
         if overwrite:

@@ -6,6 +6,7 @@ worker is, is a subclass's: `Crew` has processes, `ray_crew.RayCrew` has actors.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -144,7 +145,10 @@ class Crew(Team[Connection]):
         return [connection for connection in self._processes if connection not in running]
 
     def _give(self, worker: Connection, function: Callable[..., Any], job: Any) -> None:
-        worker.send((function, job))
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # it died while it waited: `_heard` finds its pipe at its end
+            worker.send((function, job))
 
     def _heard(self, running: Collection[Connection], stage: str) -> Iterable[tuple[Connection, str, Any]]:
         for ready in wait(list(running)):

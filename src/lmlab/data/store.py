@@ -12,9 +12,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -27,8 +29,13 @@ from lmlab.records import UserError
 from lmlab.remote import Remote, copy_of, is_url, without_file_scheme
 
 RANGE_BYTES = 8 * 2**20
+_STAGED = "lmlab-corpus-"
+YOUNG_SECONDS = 60.0
+"""A temporary folder that is not this old may be another worker's that has not locked it yet."""
 AT_ONCE = 16
 """Small files read side by side."""
+_LEFTOVER = re.compile(r"(?:here|probe)-[0-9a-f]{16}\.tmp|.+\.(?:[0-9a-f]{8}|[0-9]+)\.tmp")
+"""Names of files that a kill leaves: probes, and what was to be renamed (here and in shards.py). Others' .tmp stay."""
 
 
 class Store(Protocol):
@@ -82,6 +89,8 @@ class Store(Protocol):
 def store_at(place: str | Path) -> Store:
     """The store that a path or URL means."""
     if isinstance(place, str) and is_url(place):
+        if re.search(r"[*?\[]", place):  # removing below it would remove below all that match
+            raise UserError("a corpus at a pattern", where=place, fix="name one place, without * ? [")
         return ObjectStore(Remote(place.rstrip("/")))
     return FolderStore(Path(without_file_scheme(place) if isinstance(place, str) else place))
 
@@ -101,6 +110,11 @@ def _text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
+def _object(text: str | bytes) -> dict[str, Any]:
+    content = json.loads(text)
+    return content if isinstance(content, dict) else {}
+
+
 @dataclass(frozen=True)
 class FolderStore:
     """A folder of a file system."""
@@ -112,7 +126,7 @@ class FolderStore:
 
     def read(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+            return _object((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
 
@@ -146,7 +160,7 @@ class FolderStore:
     def is_empty(self) -> bool:
         if not self.folder.is_dir():
             return not self.folder.exists()
-        return all(file.suffix == ".tmp" for file in self.folder.iterdir())
+        return all(_LEFTOVER.fullmatch(file.name) for file in self.folder.iterdir())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -164,7 +178,8 @@ class FolderStore:
 
     def drop_leftovers(self) -> None:
         for file in (*self.folder.glob("*.tmp"), *self.folder.glob("*/*.tmp")):
-            file.unlink()
+            if _LEFTOVER.fullmatch(file.name):
+                file.unlink()
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,7 @@ class ObjectStore:
 
     def read(self, name: str) -> dict[str, Any]:
         try:
-            return json.loads((self.remote / name).read() or b"{}")
+            return _object((self.remote / name).read() or b"{}")
         except ValueError:
             return {}
 
@@ -208,7 +223,7 @@ class ObjectStore:
             (self.remote / name).remove()
 
     def is_empty(self) -> bool:
-        return all(url.endswith(".tmp") for url in self.remote.files())
+        return all(_LEFTOVER.fullmatch(Remote(url).name) for url in self.remote.files())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -219,17 +234,39 @@ class ObjectStore:
 
     @contextlib.contextmanager
     def staged(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="lmlab-corpus-") as name:
-            yield Path(name)
-            for file in sorted(Path(name).rglob("*")):
+        with _temporary_folder() as folder:
+            yield folder
+            for file in sorted(folder.rglob("*")):
                 if file.is_file():
-                    (self.remote / file.relative_to(name).as_posix()).put(file)
+                    (self.remote / file.relative_to(folder).as_posix()).put(file)
 
     def drop_leftovers(self) -> None:
         # An upload that was cut off has left nothing under its name; these are whole files of probes.
         for url in self.remote.files():
-            if url.endswith(".tmp"):
+            if _LEFTOVER.fullmatch(Remote(url).name):
                 Remote(url).remove()
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """A folder for a unit; those that killed workers of this machine have left, which nobody holds, are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_STAGED}*"):
+        with contextlib.suppress(OSError):  # gone already, or another user's
+            if left.stat().st_mtime < time.time() - YOUNG_SECONDS:
+                lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+                finally:
+                    os.close(lock)
+    folder = Path(tempfile.mkdtemp(prefix=_STAGED))
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 @contextlib.contextmanager
@@ -237,9 +274,12 @@ def _flocked(lock: int, store: Store) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             fix = "wait for it, or choose another --to"
             raise UserError("another process is writing this corpus", where=str(store), fix=fix) from error
+        except OSError as error:
+            what = f"cannot be locked: {error.strerror or error}"
+            raise UserError(what, where=str(store), fix="choose another --to") from error
         yield
     finally:
         os.close(lock)
@@ -272,13 +312,18 @@ class StorageProbe:
             if found != size:
                 what = f"a worker on {platform.node()} sees {found:,} bytes of an input of {size:,}"
                 raise UserError(what, where=name, fix=fix)
-        if self.store.size(self.name) is None:
-            what = f"a worker on {platform.node()} does not see what is written here"
-            raise UserError(what, where=str(self.store), fix=fix)
         own = f"probe-{secrets.token_hex(8)}.tmp"
         try:
-            self.store.write(own, {})
-            self.store.remove(own)
+            is_seen = self.store.size(self.name) is not None
+            if is_seen:
+                self.store.write(own, {})
+                self.store.remove(own)
+        except UserError as error:  # of a URL: no library, credentials or way to it, there
+            what = f"a worker on {platform.node()} cannot use the output: {error.what}"
+            raise UserError(what, where=error.where, fix=error.fix) from error
         except OSError as error:
             what = f"a worker on {platform.node()} cannot write the output: {error.strerror or error}"
             raise UserError(what, where=str(self.store), fix=fix) from error
+        if not is_seen:
+            what = f"a worker on {platform.node()} does not see what is written here"
+            raise UserError(what, where=str(self.store), fix=fix)

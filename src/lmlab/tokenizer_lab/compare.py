@@ -15,6 +15,8 @@ import re
 import secrets
 import shlex
 import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmlab.config.compose import to_run_config
+from lmlab.config.shorthand import told_config_dir
 from lmlab.journal import check_run_name, slug
 from lmlab.records import UserError
 from lmlab.tokenizer_lab.options import LAB, LabConfig, lab_of, without_lab
 from lmlab.tokenizer_lab.texts import held_out_groups
 from lmlab.tokenizers.measure import EmbeddingCost, Measurement, measure, pieces
+from lmlab.worker import patient_streams
 
 if TYPE_CHECKING:
     from lmlab.config.schema import RunConfig
@@ -88,7 +92,7 @@ def free_folder(output_root: str, name: str, *, overwrite: bool) -> Path:
     """``output_root/tokenizers/name``, which must not be there yet.
 
     Raises:
-        UserError: it is, and ``overwrite`` is not asked for.
+        UserError: it is, and ``overwrite`` is not asked for; or nothing can be written there.
     """
     folder = Path(output_root) / "tokenizers" / check_run_name(name)
     if folder.exists() and not overwrite:
@@ -97,6 +101,16 @@ def free_folder(output_root: str, name: str, *, overwrite: bool) -> Path:
             where=str(folder),
             fix="choose another run_name, or overwrite=true",
         )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the output directory cannot be written to: {error.strerror}",
+            where=str(folder.parent),
+            fix="choose another output_root",
+        ) from error
     return folder
 
 
@@ -107,12 +121,14 @@ def train_command(overrides: Sequence[str], path: str) -> str:
         kept.insert(0, "task=pretrain")
     if not PLAIN.fullmatch(path):  # quotes for Hydra's grammar, besides those for the shell
         path = "'" + path.replace("'", "\\'") + "'"
-    return shlex.join(["python", "train.py", *kept, "tokenizer=file", f"tokenizer.path={path}"])
+    words = [*told_config_dir(sys.argv[1:]), *kept, "tokenizer=file", f"tokenizer.path={path}"]
+    return shlex.join(["python", "train.py", *words])
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
+@patient_streams()
 def compare(arguments: Sequence[str], *, config_loader: Any, master: Any) -> int:
     """Train every combination of ``arguments``, measure all of them, write the page; the exit code.
 
@@ -189,9 +205,7 @@ def _loaded(path: str, config: RunConfig, overrides: list[str]) -> Entry:
     local = place.exists()
     tokenizer = load_tokenizer(place if local else path)
     pieces(tokenizer, "a")  # refuses a slow one now, and not after all the training
-    entry = Entry(
-        name or path, [], f"{name or path} (loaded)", given=str(place) if local else path, config=config
-    )
+    entry = Entry(name or path, [], given=str(place) if local else path, config=config)
     entry.tokenizer, entry.status = tokenizer, "loaded"
     entry.command = train_command(overrides, str(entry.given))
     return entry
@@ -248,7 +262,7 @@ def _results(
         row["overrides"] = entry.overrides
         if entry.tokenizer is not None and entry.config is not None:
             own = known.setdefault(tokenizer_hash(entry.tokenizer, with_chat=False), entry.label)
-            row["family"] = entry.family or entry.label
+            row["family"] = entry.family or f"{entry.label} (loaded)"
             row["same_as"] = None if own == entry.label else own
             measured = {name: measure(entry.tokenizer, texts) for name, texts in groups.items()}
             total = sum(measured.values(), Measurement())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from lmlab.data.formats import FormatOptions, formats, template_source
 from lmlab.data.intake import Intake
 from lmlab.data.mix import MixData
 from lmlab.data.prepare import side_texts
+from lmlab.data.sources import FileData
 from lmlab.records import UserError
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 Compose = Callable[[Sequence[str]], "RunConfig"]
 """Overrides -> the validated config of a run."""
+NOT_OF_A_SIDE = {"max_length", "packing", "cross_document_attention", "too_long", "chat_template"}
+"""Keys of data that have no say in which texts are on which side, nor in the texts."""
 MAX_GROUPS = 64
 """More is a field with a value of its own for every record, such as a URL."""
 
@@ -66,16 +71,22 @@ def held_out_groups(
     """
     groups, notes = _Groups(lab.max_chars), list[str]()
     if lab.texts:
-        for given in lab.texts:
-            for name, text in _given_texts(given, lab.group_by, compose, alone=len(lab.texts) == 1):
+        for own, given in _names(lab.texts).items():
+            for name, text in _given_texts(given, own, lab.group_by, compose, alone=len(lab.texts) == 1):
                 groups.add(name, text)
         notes += [
             f"{path} is among the training text of these tokenizers" for path in _trained_on(lab, configs)
         ]
     else:
-        for name, text in _validation_texts(configs, lab.group_by):
+        sides = _sides(configs)
+        for name, text in _validation_texts(sides, lab.group_by):
             groups.add(name, text)
-        notes.append("measured on the validation side of data, which no tokenizer trained here has seen")
+        notes.append(
+            "measured on the validation side of data, which no tokenizer trained here has seen"
+            if len(sides) == 1
+            else f"measured on the validation sides of {len(sides)} settings of data: a text that one tokenizer "
+            "has not seen may be among the training text of another"
+        )
     if not groups.texts:
         raise UserError("no held-out text", where="lab.texts", fix="give files with text in them")
     if groups.cut:
@@ -84,11 +95,19 @@ def held_out_groups(
     return groups.texts, notes
 
 
+def _names(texts: Sequence[str]) -> dict[str, str]:
+    """Short name -> what it stands for; where two would have one name, or it is a pattern, all of the path."""
+    short = {given: Path(given).name.split(".")[0] or given for given in texts}
+    often = Counter(short.values())
+    return {
+        given if often[name] > 1 or glob.has_magic(name) else name: given for given, name in short.items()
+    }
+
+
 def _given_texts(
-    given: str, group_by: Sequence[str], compose: Compose, *, alone: bool
+    given: str, own: str, group_by: Sequence[str], compose: Compose, *, alone: bool
 ) -> Iterator[tuple[str, str]]:
     """(group, text) of every record of a file, folder or glob, or of a named data set's validation side."""
-    own = Path(given).name.split(".")[0] or given
     if (CONF / "data" / f"{given}.yaml").is_file() and not Path(given).exists():
         config = compose(["task=pretrain", f"data={given}"])
         for record, text in side_texts(config.data, task=config.task, side="val"):
@@ -126,10 +145,17 @@ def _turns(messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
     return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
 
 
-def _validation_texts(configs: Sequence[RunConfig], group_by: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _sides(configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Of the configs one for each validation side."""
+    distinct = {
+        (config.task, config.data.model_dump_json(exclude=NOT_OF_A_SIDE)): config for config in configs
+    }
+    return list(distinct.values())
+
+
+def _validation_texts(sides: Sequence[RunConfig], group_by: Sequence[str]) -> Iterator[tuple[str, str]]:
     """(group, text) of the validation sides; a mix has a group for each of its sources at least."""
-    distinct = {(config.task, config.data.model_dump_json()): config for config in configs}
-    sources = [(config.task, *source) for config in distinct.values() for source in _sources(config.data)]
+    sources = [(config.task, *source) for config in sides for source in _sources(config.data)]
     for task, name, data in sources:
         for record, text in side_texts(data, task=task, side="val"):
             group = _group(name, record.fields, group_by, alone=len(sources) == 1)
@@ -149,10 +175,8 @@ def _short(data: DataConfig) -> str:
 
 def _trained_on(lab: LabConfig, configs: Sequence[RunConfig]) -> list[str]:
     """Of the given texts those whose files the tokenizers were trained on."""
-    read: set[Path] = set()
-    for config in configs:
-        if isinstance(path := getattr(config.data, "path", None), str):
-            read |= {file.resolve() for file in find_files(path)}
+    parts = [part for config in configs for _, part in _sources(config.data)]
+    read = {file.resolve() for part in parts if isinstance(part, FileData) for file in part.files()}
     return [given for given in lab.texts if _files(given) & read]
 
 

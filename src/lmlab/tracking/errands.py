@@ -26,18 +26,21 @@ class Errands:
             self._thread.start()
 
     def finish(self, timeout: float) -> None:
-        """Wait until all are made, ``timeout`` seconds at most; what is left then is replaced."""
+        """Wait until all are made, ``timeout`` seconds at most; what is left then is replaced. The thread ends."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, timeout)
             self._given_up = True
+            self._changed.notify_all()
             left = list(self._waiting)
         for _, instead in left:
             instead()
 
     def _work(self) -> None:
-        while not self._given_up:
+        while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting)
+                self._changed.wait_for(lambda: self._waiting or self._given_up)
+                if self._given_up:
+                    return
                 call, instead = self._waiting[0]
             failed = False
             try:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmlab.tracking.transcript import print_words
+from lmlab.tracking.values import writable
 
 NAME = 16
 """Columns that the first column has at least; a longer name is folded."""
@@ -36,6 +37,8 @@ def print_figures(
         words: how many columns at the left hold words.
         bold: the row that stands out.
     """
+    title, *headings = (writable(text, console.encoding) for text in (title, *headings))
+    rows = [[writable(cell, console.encoding) for cell in row] for row in rows]
     least = [max([cell_len(row[at]) for row in rows], default=0) for at in range(len(headings))]
     least[0] = min(least[0], NAME)
     parts = [max([0, *map(cell_len, heading.split())]) for heading in headings]

@@ -166,12 +166,14 @@
 
   // --- rows that follow the runs --------------------------------------------------------------------------------
   function merge(entry, fresh) {
-    var old = {}, kept = {};
+    var old = Object.create(null), kept = Object.create(null), held = document.activeElement;
+    var around = entry.table.contains(held) && held.closest("tbody"), reachable = "a, button";
+    var at = around ? Array.from(around.querySelectorAll(reachable)).indexOf(held) : -1;
     Array.from(entry.table.tBodies).forEach(function (body) { old[body.dataset.key] = body; });
     Array.from(fresh.tBodies).forEach(function (body) {
       var before = old[body.dataset.key];
       kept[body.dataset.key] = true;
-      if (before && (before.dataset.version === body.dataset.version || before.contains(document.activeElement))) return;
+      if (before && before.dataset.version === body.dataset.version) return;
       var made = document.importNode(body, true);
       if (before && before.dataset.open !== undefined) made.dataset.open = "";
       if (before) before.replaceWith(made); else entry.table.appendChild(made);
@@ -180,6 +182,11 @@
     Object.keys(old).forEach(function (key) { if (!kept[key]) old[key].remove(); });
     sort(entry.table);
     show(entry);
+    if (at < 0) return;
+    Array.from(entry.table.tBodies).forEach(function (body) {  // what was replaced or moved has lost the focus
+      var again = body.dataset.key === around.dataset.key && body.querySelectorAll(reachable)[at];
+      if (again) again.focus({ preventScroll: true });
+    });
   }
   function follow() {
     var tag = root.dataset.tag || "", told = document.getElementById("live");

@@ -3,7 +3,8 @@
 It listens on 127.0.0.1 alone and only reads. A page of another site must not read it through the browser either: a Host
 that is not this machine's own name is refused (a name of theirs may be pointed at 127.0.0.1: DNS rebinding), and answers
 may be used by no other origin. Files are served by kind, from below the root alone; hidden ones, what a link leads out
-to, weights and everything unknown are not there. Pages may run their own inline script, but reach no other address.
+to, weights and everything unknown are not there. The one script that runs is that of our pages: a page that came with
+others' runs could read all that is served here, and tell it by going elsewhere.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from lmlab.records import UserError
 from lmlab.tracking import compare, report
 from lmlab.tracking.index import INDEX, render
+from lmlab.tracking.pages import Shell
 from lmlab.tracking.results import entries_of
 from lmlab.tracking.runs import Reader, Runs
 
@@ -34,10 +36,7 @@ KINDS = {
     ".png": "image/png",
 }
 """Endings of the files that are served -> their media type."""
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: 'self'; connect-src 'self'; "
-    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
+_POLICY = f"{Shell(live=True).policy}; img-src data: 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 _REPORT = "report.html"
 
 
@@ -75,6 +74,11 @@ class Server(ThreadingHTTPServer):
             if not self._made[1] or runs != self._made[0]:
                 self._made = (runs, render(runs, live=True))
             return self._made[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing where the client broke the line off: browsers do."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -146,14 +150,17 @@ class _Handler(BaseHTTPRequestHandler):
         return None if bad else parts
 
     def _inside(self, parts: list[str]) -> Path | None:
-        """The file, if it is of a known kind and really lies below the root; it need not be there."""
+        """The file, if it is of a known kind and really lies below the root, unhidden; it need not be there."""
         path = self.server.root.joinpath(*parts)
         try:
             real = path.resolve()
         except (OSError, RuntimeError, ValueError):
             return None
+        if not real.is_relative_to(self.server.root):
+            return None
+        hidden = any(part.startswith(".") for part in real.relative_to(self.server.root).parts)
         known = real.suffix.lower() in KINDS and path.suffix.lower() in KINDS
-        return real if known and real.is_relative_to(self.server.root) else None
+        return real if known and not hidden else None
 
     # --- what is answered -----------------------------------------------------------------------------------------
 
@@ -183,8 +190,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: Path) -> None:
         try:
-            file = open(path, "rb")  # noqa: SIM115
+            # A pipe would be waited for without end.
+            file = open(path, "rb") if path.is_file() else None  # noqa: SIM115
         except OSError:
+            file = None
+        if file is None:
             return self._refuse(HTTPStatus.NOT_FOUND, "nothing is served under this name")
         with file:
             size = os.fstat(file.fileno()).st_size
@@ -193,6 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
                 part = _Part(file, size)
                 while piece := part.read(PIECE):
                     self.wfile.write(piece)
+                if part.left:  # it was cut meanwhile: the client must not wait for the rest
+                    self.close_connection = True
         return None
 
     def _refuse(self, status: HTTPStatus, why: str, **headers: str) -> None:
@@ -220,10 +232,10 @@ class _Part:
     """The first ``size`` bytes of a file that may grow while it is sent."""
 
     def __init__(self, file: Any, size: int) -> None:
-        self._file, self._left = file, size
+        self._file, self.left = file, size
 
     def read(self, amount: int) -> bytes:
         """At most ``amount`` bytes more."""
-        piece = self._file.read(min(amount, self._left))
-        self._left -= len(piece)
+        piece = self._file.read(min(amount, self.left))
+        self.left -= len(piece)
         return piece

@@ -16,7 +16,7 @@ from lmlab.journal import write_json
 from lmlab.tracking import plots
 from lmlab.tracking.figure_table import print_figures
 from lmlab.tracking.pages import Shell, draw_all, templates, write_page
-from lmlab.tracking.transcript import print_words
+from lmlab.tracking.transcript import print_words, screen
 from lmlab.tracking.values import scaled
 
 if TYPE_CHECKING:
@@ -177,11 +177,10 @@ def spaceless(results: Mapping[str, Any]) -> list[str]:
 
 
 def sweep_command(made: Sequence[Mapping[str, Any]]) -> str:
-    """One command that pretrains with each of the trained tokenizers."""
-    trained = [each for each in made if each["status"] == "trained"]
-    if len(trained) < 2:
+    """One command that pretrains with each of the trained tokenizers; "" where they differ in data or model as well."""
+    commands = [shlex.split(each["command"]) for each in made if each["status"] == "trained"]
+    if len(commands) < 2 or any(words[:-1] != commands[0][:-1] for words in commands):
         return ""
-    commands = [shlex.split(each["command"]) for each in trained]
     key = "tokenizer.path="
     paths = ",".join(words[-1].removeprefix(key) for words in commands)
     return shlex.join([*commands[0][:2], "-m", *commands[0][2:-1], key + paths])
@@ -215,11 +214,8 @@ def percent(value: float | None) -> str:
 def print_tokenizers(results: Mapping[str, Any]) -> None:
     """The table of all texts, that by group, and what to type next."""
     from rich.box import SIMPLE
-    from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
+    console = screen()
     made = [each for each in results["tokenizers"] if "total" in each]
     print_figures(console, "All texts", HEADINGS, [_all_texts(each) for each in made], box=SIMPLE)
     for each in results["tokenizers"]:

@@ -147,7 +147,7 @@ class Transcript:
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
     """`Transcript.waiting` of a process that has no run yet."""
-    console = Console()
+    console = screen()
     if not is_drawable(console):
         yield
         return
@@ -177,8 +177,12 @@ def _spinner(text: str, console: Console, *, redirect_stderr: bool) -> Live:
 
 
 def screen(*, plain: bool = False) -> Console:
-    """A console on stdout; ``plain``: without colour whatever the environment says, as stdout is a log."""
-    console = Console(force_terminal=False, no_color=True, color_system=None) if plain else Console()
+    """A console on stdout; ``plain``: without colour whatever the environment says, as stdout is a log.
+
+    Never rich's own for Jupyter, which writes to no stream: what is redirected would be shown, and no file be written.
+    """
+    colours: dict[str, Any] = {"force_terminal": False, "no_color": True, "color_system": None}
+    console = Console(force_jupyter=False, **(colours if plain else {}))
     if not console.file.isatty() and "COLUMNS" not in os.environ:
         console.width = max(console.width, WIDTH)
     return console
@@ -187,7 +191,13 @@ def screen(*, plain: bool = False) -> Console:
 def file_console(stream: TextIO) -> Console:
     """A console on a file: no colour, no control characters, a fixed width."""
     return Console(
-        file=stream, force_terminal=False, no_color=True, color_system=None, width=WIDTH, legacy_windows=False
+        file=stream,
+        force_terminal=False,
+        force_jupyter=False,
+        no_color=True,
+        color_system=None,
+        width=WIDTH,
+        legacy_windows=False,
     )
 
 

@@ -263,6 +263,8 @@ class GracefulStop(Callback):
             if not pl_module.caught_signal:
                 pl_module.caught_signal, self._caught_at = number, now
             elif now - self._caught_at > REPEATED_SECONDS:
+                if number == signal.SIGINT and trainer.world_size == 1:
+                    raise KeyboardInterrupt  # the run's end, and not that of a process which may be a notebook's
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
 
