@@ -203,8 +203,10 @@ def accepts(
 
     own_app, own_parse = compose.run_app, argparse.ArgumentParser.parse_args
 
-    def validated(function: Any, **more: str) -> int:
-        sys.argv = [sys.argv[0], *_one_point(sys.argv[1:])]
+    def validated(function: Any, **more: Any) -> int:
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", own_parse)  # Hydra's flags are read by one
+        if more.get("sweeps", True):
+            sys.argv = [sys.argv[0], *_one_point(sys.argv[1:])]
         if any(word in ("--help", "--cfg", "--hydra-help", "--info", "-sc") for word in sys.argv):
             raise Accepted
         GlobalHydra.instance().clear()
@@ -227,12 +229,12 @@ def accepts(
 
     monkeypatch.setattr(compose, "run_app", validated)
     monkeypatch.setattr(compose, "load_frozen", of_run)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
 
     def check(words: list[str]) -> None:
         script = ROOT / words[0]
         assert script.is_file(), f"no {words[0]}"
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
         monkeypatch.setattr(sys, "argv", list(words))
         monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
         try:
@@ -309,6 +311,30 @@ def check_words(command: Command, accepts: Callable[[list[str]], None]) -> None:
         assert {name for told in extras for name in told.split(",")} <= set(known), command
     elif program == "wandb" and arguments[0] == "sweep":
         assert (ROOT / arguments[1]).is_file(), command
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python train.py optim.lrr=1",
+        "python train.py adapter=loar",
+        "python train.py -m adapter=loar,none",
+        "python scripts/nowhere.py",
+        "python scripts/plan.py trainer.devices=none",
+        "python scripts/plan.py -m adapter=lora,qlora",
+        "python scripts/check.py data=skils",
+        "python scripts/train_tokenizer.py tokenizer.vocab_sizes=512",
+        "python scripts/generate.py assets/tiny-base --promt x",
+        "python scripts/report.py",
+        "torchrun --nproc-per-node 2 scripts/plan.py",
+        "make everything",
+        "pip install 'lmlab[everything]'",
+        "wandb sweep conf/sweep/nowhere.yaml",
+    ],
+)
+def test_a_slip_in_a_command_is_found(text: str, accepts: Callable[[list[str]], None]) -> None:
+    with pytest.raises(AssertionError):
+        check_words(Command("x.md", 1, text), accepts)
 
 
 def name_of(command: Command) -> str:
