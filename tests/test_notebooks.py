@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "notebooks"
 CHAPTERS = ("pretraining", "tokenizers", "lora_qlora", "sampling")
-QUICK = ("sampling",)
+QUICK: tuple[str, ...] = ()
 
 
 def cells_of(chapter: str, kind: str) -> list[dict[str, Any]]:

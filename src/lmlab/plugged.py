@@ -27,7 +27,7 @@ def samplers_of(name_or_path: str, *, wanted: Iterable[str | None]) -> dict[str,
     from lmlab.config.named import sampler_names
 
     run = Path(name_or_path)
-    if not (run / "run.json").is_file() or {name for name in wanted if name} <= set(sampler_names()):
+    if not RunDir(run).config.is_file() or {name for name in wanted if name} <= set(sampler_names()):
         return {}
     config = frozen_values(RunDir(run).config)
     load_plugins(config.get("plugins") or [])
@@ -54,8 +54,8 @@ def load_plugins_of(weights: Path) -> None:
     if known and _knows_architecture(weights):
         return
     run = weights.parent.parent if weights.parent.name == "best" else weights.parent
-    is_run = (run / "run.json").is_file()
-    load_plugins(frozen_values(RunDir(run).config).get("plugins") or [] if is_run else [])
+    config = RunDir(run).config
+    load_plugins(frozen_values(config).get("plugins") or [] if config.is_file() else [])
 
 
 def _knows_architecture(weights: Path) -> bool:

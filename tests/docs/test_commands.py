@@ -341,7 +341,15 @@ def name_of(command: Command) -> str:
     return f"{Path(command.page).stem}-{command.line}"
 
 
-@pytest.mark.parametrize("page", sorted({command.page for command in COMMANDS}))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page, marks=() if page == "README.md" else pytest.mark.slow
+        )  # each composes every command
+        for page in sorted({command.page for command in COMMANDS})
+    ],
+)
 def test_every_command_of_a_page_is_read(page: str, accepts: Callable[[list[str]], None]) -> None:
     wrong = []
     for command in (command for command in COMMANDS if command.page == page):
@@ -354,6 +362,7 @@ def test_every_command_of_a_page_is_read(page: str, accepts: Callable[[list[str]
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_commands_in_running_text_are_read(accepts: Callable[[list[str]], None]) -> None:
     wrong = []
     for command in INLINE:
