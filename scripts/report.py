@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lmlab.config.compose import run_script
 from lmlab.journal import slug
 from lmlab.records import UserError
 from lmlab.tracking.compare import write_comparison
@@ -46,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--port", type=int, default=7861, help="of --serve; 0 picks a free one")
     options = parser.parse_args(argv)
-    try:
-        return _report(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return run_script(lambda: _report(options))
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from lmlab.config.compose import run_script
 from lmlab.records import RunFailedError, UserError
 
 if TYPE_CHECKING:
@@ -23,32 +24,28 @@ if TYPE_CHECKING:
     from lmlab.data.store import StorageProbe
     from lmlab.data.units import CorpusEncoder
 
-SIGTERM_EXIT, INTERRUPT_EXIT = 143, 130
+SIGTERM_EXIT = 143
 PLAIN_SECONDS = 10.0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from lmlab.config.compose import load_env, report_error
-
     options = _parser().parse_args(arguments)
-    load_env()
     signal.signal(signal.SIGTERM, _terminated)
+    stopped = "interrupted: finished units stay, the same command goes on"
+    return run_script(lambda: _told(options), stopped=stopped)
+
+
+def _told(options: argparse.Namespace) -> int:
+    """The work, its errors in this script's words."""
     try:
         return _tokenize(options)
     except UserError as error:
-        return report_error(_in_our_words(error))
-    except RunFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        raise _in_our_words(error) from error
     except OSError as error:  # a full disk, a folder that went away: what is finished stays
         place = f" ({error.filename})" if error.filename else ""
-        print(
-            f"error: {error.strerror or error}{place}: make room, then give the same command", file=sys.stderr
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: finished units stay, the same command goes on", file=sys.stderr)
-        return INTERRUPT_EXIT
+        raise RunFailedError(
+            f"{error.strerror or error}{place}: make room, then give the same command"
+        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

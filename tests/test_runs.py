@@ -22,18 +22,7 @@ from lmlab.journal import read_json
 from lmlab.records import RunFailedError, UserError
 from lmlab.runs import train
 from lmlab.tracking.plots import series
-
-QUICK = (
-    "data=skills",
-    "data.num_records=60",
-    "metrics=none",
-    "samples.prompts=0",
-    "trainer.accelerator=cpu",
-    "trainer.memory_plan=false",
-    "trainer.max_steps=3",
-    "trainer.val_every_n_steps=3",
-    "logger=none",
-)
+from tests.integration.conftest import QUICK
 
 
 def test_a_config_is_composed_as_on_the_command_line() -> None:

@@ -288,8 +288,6 @@ def _sharded(config: RunConfig) -> bool:
 
 
 def _key(run: PlannedRun, config: RunConfig) -> str:
-    import torch
-
     from lmlab.models.memory import can_tune_malloc
 
     chosen = (run.model, run.quant, run.adapter, run.loss, config.optim)
@@ -304,8 +302,7 @@ def _key(run: PlannedRun, config: RunConfig) -> str:
         [asdict(run.workload), str(run.compute_dtype), run.device_type],
         world_size(config) if _sharded(config) else None,
         [version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")],
-        # Without CUDA the CPU's kernels stand in for its own.
-        [code.hexdigest(), torch.cuda.is_available(), can_tune_malloc()],
+        [code.hexdigest(), can_tune_malloc()],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lmlab.config.compose import CONF, compose_config
 from lmlab.planning import model_config, plan_of_config
@@ -51,14 +50,11 @@ def preset_names() -> list[str]:
     return sorted(file.stem for file in (CONF / "model" / "scratch").glob("[!_]*.yaml"))
 
 
-def count_parameters(config: Any) -> int:
-    """Parameters of a config's model, tied ones once; no memory is used for them."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def size_of(name: str) -> int:
+    """Parameters of a preset's model, tied ones once; no memory is used for them."""
+    from lmlab.models.adapters import count_parameters, model_without_weights
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config(config))
-    return sum(parameter.numel() for parameter in model.parameters())
+    return count_parameters(model_without_weights(model_config(compose_config([f"model=scratch/{name}"]))))[0]
 
 
 def planned(name: str, way: str) -> Planned:
@@ -93,7 +89,7 @@ def table(names: Sequence[str] = (), *, say: Callable[[str], None] = lambda text
             raise UserError(f"no preset '{name}'", where="--table", fix=suggest(name, known))
     rows: list[tuple[int, str]] = []
     for name in names or known:
-        parameters = count_parameters(compose_config([f"model=scratch/{name}"]))
+        parameters = size_of(name)
         cells = [planned(name, way) for way in WAYS]
         rows.append((parameters, f"| `{name}` | {parameters:,} | {' | '.join(map(str, cells))} |"))
         reasons = {cell.reason for cell in cells} - {""}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,11 @@ def test_forms_of_the_run_are_evaluated_side_by_side(run: Path, texts: Path) -> 
     forms = "base,adapter,merged,none,bf16,int8,nf4,fp4,int4"
     done = command("scripts/evaluate.py", str(run), "--data", str(texts), "--compare", forms, "--json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    print(done.stdout)
+    rows = json.loads(done.stdout)
+    found = {row["form"]: figures["perplexity"] for row in rows for figures in row["data"].values()}
+    assert len(found) == len(forms.split(","))
+    assert all(1 < perplexity < 1e4 for perplexity in found.values()), found
+    assert found["merged"] == pytest.approx(found["adapter"], rel=1e-2)  # bf16 products, rounded elsewhere
 
 
 def test_an_export_is_certified(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from lmlab.tracking import group_plots, plots
 from lmlab.tracking.groups import Entry
 
-from .pages import small_run
+from .pages import script, small_run
 
 HOSTILE = '<script>alert(1)</script> & "q" [bold red]not markup[/] \x1b[31mred\x07 \u202eturned\u202c שלום 😀'
 
@@ -86,3 +87,15 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the slow part, for tests that are about something else."""
     for module in (plots, group_plots):
         monkeypatch.setattr(module, "draw", lambda panel: "<svg></svg>")
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``report(*arguments)``: exit code and both streams of scripts/report.py."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = script().main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

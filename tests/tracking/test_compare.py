@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +18,7 @@ from lmlab.tracking.compare import render, write_comparison
 from lmlab.tracking.groups import Entry, read_result
 from lmlab.tracking.results import FIGURES, entries_of, rows_of, write_results
 
-from .pages import HOSTILE, Page, assert_only_our_script, page_of, script, small_run, write_json, write_lines
+from .pages import HOSTILE, Page, assert_only_our_script, page_of, small_run, write_json, write_lines
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
@@ -283,18 +282,6 @@ def test_every_figure_paired_or_listed_is_a_measure() -> None:
 
 
 # --- the script -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``report(*arguments)``: exit code and both streams of scripts/report.py."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code = script().main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.mark.usefixtures("undrawn")

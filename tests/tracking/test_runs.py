@@ -20,7 +20,7 @@ from lmlab.tracking.results import write_results
 from lmlab.tracking.run_row import Run, setting
 from lmlab.tracking.runs import MARKS, Reader
 
-from .pages import HOSTILE, Page, assert_only_our_script, script, small_run, write_json, write_lines
+from .pages import HOSTILE, Page, assert_only_our_script, small_run, write_json, write_lines
 
 
 def started(folder: Path, moment: str) -> Path:
@@ -309,16 +309,15 @@ def test_a_long_curve_is_thinned_to_its_ends() -> None:
 # --- the script -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def report(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``report(*arguments)``: exit code and both streams of scripts/report.py."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code = script().main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+def test_an_index_of_somebody_else_stays(root: Path, report: Callable[..., tuple[int, str, str]]) -> None:
+    page = root / "index.html"
+    page.write_text("<h1>My site</h1>", encoding="utf-8")
+    code, out, err = report(root)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: an index.html that is not lmlab's stands there ({page}): ")
+    assert page.read_text(encoding="utf-8") == "<h1>My site</h1>"
+    page.unlink()
+    assert [report(root)[0] for _ in range(2)] == [0, 0], "its own is made anew"
 
 
 @pytest.mark.usefixtures("undrawn")

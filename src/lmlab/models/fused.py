@@ -183,8 +183,8 @@ class FusedRotary:
         self.own = own
 
     def __call__(self, *told: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        if len(told) != 4 or named or torch.compiler.is_compiling() or not _is_plain(*told):
-            return self.own(*told, **named)  # a compiler fuses by itself
+        if len(told) != 4 or named or not _is_plain(*told):
+            return self.own(*told, **named)
         q, k, cos, sin = told
         if (kernel := _kernel("LigerRopeFunction", q, k, cos, sin)) is not None:
             return kernel(q, k, cos, sin)  # in place where it can: q and k are results of products or norms

@@ -211,13 +211,14 @@ def _names(moment: int | str, layers: int = 0) -> list[str]:
 
 
 class Simulation:
-    """A run's model and its phases on fake tensors; made and used under `Footprint.active`."""
+    """A run's model and its phases on fake tensors; made and used under `Footprint.active`.
+
+    They are the CPU's, which stand in for a GPU's of the same shapes and types, also where there is one: so the plan is the
+    same wherever it is made. Compared with an H200's peaks in docs/benchmarks.md.
+    """
 
     def __init__(self, run: PlannedRun, hf_config: PretrainedConfig, footprint: Footprint) -> None:
         self.run, self.footprint = run, footprint
-        # The CPU's tensors stand in for a GPU's, of the same shapes and types, also where there is one: the plan is the
-        # same wherever it is made, and was compared (docs/benchmarks.md).
-        self.device = torch.device("cpu")
         self.phase = "load"
         self.model = self._build(hf_config)
         self.layers = decoder_layers(base_model(self.model), num_layers(hf_config))
@@ -232,9 +233,8 @@ class Simulation:
         run, footprint = self.run, self.footprint
         footprint.kind, footprint.mark = "weights", ("load", "build")
         dtype = load_dtype(run.quant, run.compute_dtype, mixed=run.mixed)
-        with self.device:
-            attn = standard_attention(hf_config)
-            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=attn)
+        attn = standard_attention(hf_config)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=attn)
         if run.model.gradient_checkpointing:
             enable_checkpointing(model)
         footprint.mark = ("load", "quantize")
@@ -248,7 +248,7 @@ class Simulation:
         adapted = run.adapter.apply(model, seed=0)
         if run.workload.flat:
             use_packed_attention(adapted)
-        return adapted.to(self.device).train()
+        return adapted.train()
 
     # --- which layer is at work ---------------------------------------------------------------------------------
 
@@ -291,13 +291,13 @@ class Simulation:
     def _autocast(self) -> Iterator[None]:
         dtype = self.run.compute_dtype
         enabled = self.run.mixed and dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled):
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
             yield
 
     def train(self) -> None:
         """One optimizer step of those after the first: it finds gradients and the optimizer's state there."""
         work = self.run.workload
-        batch = _batch(work.train, work.supervised, flat=work.flat, device=self.device)
+        batch = _batch(work.train, work.supervised, flat=work.flat)
         with _disable_current_modes():  # 8-bit optimizers make tables of code points from values
             optimizer = self.run.build_optimizer(self.trained)
         self.footprint.mark, self.footprint.kind = (), "gradients"  # those of the step before
@@ -323,7 +323,7 @@ class Simulation:
     def evaluate(self) -> None:
         """One validation batch."""
         work = self.run.workload
-        batch = _batch(work.val, work.val_supervised, flat=work.flat, device=self.device)
+        batch = _batch(work.val, work.val_supervised, flat=work.flat)
         self._begin("eval")
         self.model.eval()
         with torch.no_grad(), self._autocast():
@@ -333,7 +333,7 @@ class Simulation:
         """The prompts at once; then a token each, when the cache is at its longest."""
         work, footprint = self.run.workload, self.footprint
         rows, width = len(work.prompts), max(work.prompts)
-        ids = torch.zeros(rows, width, dtype=torch.int64).to(self.device)
+        ids = torch.zeros(rows, width, dtype=torch.int64)
         self._begin("generate")
         before = footprint.live["activations"]
         with torch.no_grad(), self._autocast(), attention(self.model, self.standard_attention):
@@ -351,7 +351,7 @@ class Simulation:
         footprint.heap["generate", "cache"] = heap
 
 
-def _batch(lengths: Iterable[int], supervised: int, *, flat: bool, device: torch.device) -> PackedBatch:
+def _batch(lengths: Iterable[int], supervised: int, *, flat: bool) -> PackedBatch:
     """A batch of that shape; token ids are all 0."""
     lengths = list(lengths)
     if flat:
@@ -362,4 +362,4 @@ def _batch(lengths: Iterable[int], supervised: int, *, flat: bool, device: torch
         ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
         positions = cumulative = None
     index = torch.arange(min(supervised, ids.numel()))
-    return PackedBatch(ids, ids.clone(), positions, cumulative, index, sum(lengths)).to(device)
+    return PackedBatch(ids, ids.clone(), positions, cumulative, index, sum(lengths))

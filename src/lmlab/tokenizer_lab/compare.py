@@ -329,12 +329,12 @@ def _embedding(entry: Entry, lab: LabConfig, bodies: dict[str, int | None]) -> d
 
 
 def _body(hf_config: Any) -> int | None:
-    """Parameters of the model but for embedding and head, counted on tensors without memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """Parameters of the model but for embedding and head; None where its code comes with its weights."""
+    from lmlab.models.adapters import model_without_weights
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+    model = model_without_weights(hf_config)
+    if model is None:
+        return None
     ends = {
         id(part.weight)
         for part in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -15,6 +15,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lmlab.records import UserError
 from lmlab.tracking.pages import Shell, templates, write_page
 from lmlab.tracking.plots import short
 from lmlab.tracking.run_row import FIGURES, Run
@@ -40,9 +41,13 @@ def write_index(root: Path) -> Path:
     """Write ``root/index.html`` in one piece and return its path.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or has an index.html of somebody else.
     """
-    return write_page(Path(root) / INDEX, render(Reader(root).read()))
+    page = Path(root) / INDEX
+    if page.is_file() and Shell.mark not in page.read_text(encoding="utf-8", errors="replace"):
+        fix = "move it away, or list another folder"
+        raise UserError("an index.html that is not lmlab's stands there", where=str(page), fix=fix)
+    return write_page(page, render(Reader(root).read()))
 
 
 def render(runs: Runs, *, live: bool = False) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from markupsafe import Markup
@@ -29,10 +29,12 @@ class Shell:
     """The script of a page, and the content security policy that lets it and nothing else run.
 
     Attributes:
+        mark: by which a page of ours is known again.
         live: a server makes the page, and the script may ask it (and no other) again.
     """
 
     live: bool = False
+    mark: ClassVar[Markup] = Markup('<meta name="generator" content="lmlab">')
 
     @property
     def script(self) -> Markup:
