@@ -23,13 +23,11 @@ def samplers_of(name_or_path: str, *, wanted: Iterable[str | None]) -> dict[str,
     Raises:
         UserError: a plugin of the run cannot be imported, or its config cannot be read.
     """
-    from lmlab.config.compose import frozen_values
     from lmlab.config.named import sampler_names
 
-    run = Path(name_or_path)
-    if not RunDir(run).config.is_file() or {name for name in wanted if name} <= set(sampler_names()):
+    if {name for name in wanted if name} <= set(sampler_names()):
         return {}
-    config = frozen_values(RunDir(run).config)
+    config = _own_config(Path(name_or_path))
     load_plugins(config.get("plugins") or [])
     named = config.get("samplers") or {}
     own = config.get("sampler")
@@ -42,7 +40,6 @@ def load_plugins_of(weights: Path) -> None:
     Raises:
         UserError: a plugin cannot be imported, or the run's config cannot be read.
     """
-    from lmlab.config.compose import frozen_values
     from lmlab.generation.samplers import samplers
     from lmlab.models.quantize import quants
 
@@ -54,8 +51,15 @@ def load_plugins_of(weights: Path) -> None:
     if known and _knows_architecture(weights):
         return
     run = weights.parent.parent if weights.parent.name == "best" else weights.parent
-    config = RunDir(run).config
-    load_plugins(frozen_values(config).get("plugins") or [] if config.is_file() else [])
+    load_plugins(_own_config(run).get("plugins") or [])
+
+
+def _own_config(folder: Path) -> dict[str, Any]:
+    """The config of a run of one's own; {} where run.json or config.yaml is missing: files of others, or published weights."""
+    from lmlab.config.compose import frozen_values
+
+    run = RunDir(folder)
+    return frozen_values(run.config) if run.info.is_file() and run.config.is_file() else {}
 
 
 def _knows_architecture(weights: Path) -> bool:
