@@ -170,7 +170,7 @@ def own_steps(model: Any, rows: list[Any], *, optim: str = "adamw") -> dict[str,
     options = TrainerConfig(
         max_steps=len(rows), max_epochs=None, batch_size=1, accumulate_grad_batches=1, accelerator="gpu", devices=1,
         num_nodes=1, strategy="auto", precision="bf16", gradient_clip_val=1.0, val_every_n_steps=10**6,
-        val_batch_size=1, log_every_n_steps=10**6, num_workers=0, compile=False, on_nonfinite="stop",
+        val_batch_size=1, max_val_rows=None, log_every_n_steps=10**6, num_workers=0, compile=False, on_nonfinite="stop",
         max_nonfinite_steps=10, auto_batch=False, memory_plan=False, layer_stats=False,
     )  # fmt: skip
     schedule: dict[str, Any] = {

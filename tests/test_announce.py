@@ -42,16 +42,24 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 
 def started(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, *overrides: str, width: int, **told: Any
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    *overrides: str,
+    width: int,
+    val_tokens: int = 20_000,
+    **told: Any,
 ) -> list[str]:
     """What is printed at the start of a run with such a config."""
     config = compose_config(["data=skills", *overrides])
     side = {"records": 5704, "tokens": 200_000, "supervised_tokens": 22_000, "supervised_bytes": 60_000}
-    report = {"train": side, "val": {**side, "records": 296}, "rows": {"train": 5704}, "tokens": 215_834,
+    report = {"train": side, "val": {**side, "records": 296, "tokens": val_tokens}, "rows": {"train": 5704}, "tokens": 215_834,
               "supervised_tokens": 22_821, "records_read": 6000, "records_kept": 6000, "records_dropped": {},
               "records_truncated": 0}  # fmt: skip
     prepared = SimpleNamespace(
-        meta={"report": report, "format": "triples", "stream": False}, packed=False, examples=[]
+        meta={"report": report, "format": "triples", "stream": False},
+        packed=False,
+        examples=[],
+        rows=lambda side: range(296),
     )
     optim = SimpleNamespace(name="adamw", lr=1e-3, schedule="cosine")
     built = SimpleNamespace(
@@ -95,6 +103,21 @@ def test_the_table_of_a_run_without_adapter_plan_or_mirror(
     assert "logger      none" in said
     assert not any(line.startswith("plan ") for line in said)
     assert "logger      wandb, online, project lmlab" in started(run, monkeypatch, width=200, mirror="online")
+
+
+def test_a_validation_that_takes_longer_than_the_training_is_told_of(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["trainer.val_every_n_steps=100", "trainer.batch_size=57"]
+    note = "note: each validation reads 1,000,000 tokens, 5 times what the 100 steps between two train on: "
+    note += "trainer.max_val_rows=500 would measure 500 rows spread over them"
+    assert note in started(run, monkeypatch, *told, width=200, val_tokens=1_000_000)
+    for other, tokens in ([], 999_999), (["trainer.val_every_n_steps=200"], 1_000_000):
+        said = started(run, monkeypatch, *told, *other, width=200, val_tokens=tokens)
+        assert not any("each validation reads" in line for line in said)
+    said = started(run, monkeypatch, *told, "trainer.max_val_rows=100", width=200, val_tokens=1_000_000)
+    assert "steps       200 of 57 examples, validation every 100 on 100 of 296 rows" in said
+    assert not any("each validation reads" in line for line in said)
 
 
 @pytest.mark.parametrize("width", [40, 60])

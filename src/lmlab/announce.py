@@ -106,9 +106,9 @@ def _steps(config: RunConfig, prepared: PreparedData, max_steps: int) -> str:
     if ranks > 1:
         parts.append(f"{ranks} ranks, {'fsdp' if trainer.strategy == 'fsdp' else 'ddp'}")
     made = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-    return (
-        f"{max_steps:,} of {trainer.rows_per_step} {rows}{made}, validation every {trainer.val_every_n_steps}"
-    )
+    limit, kept = trainer.max_val_rows, len(prepared.rows("val"))
+    measured = f" on {limit:,} of {kept:,} rows" if limit is not None and limit < kept else ""
+    return f"{max_steps:,} of {trainer.rows_per_step} {rows}{made}, validation every {trainer.val_every_n_steps}{measured}"
 
 
 def _mirror(mode: str, config: RunConfig, said: Sequence[str]) -> str:
@@ -130,11 +130,30 @@ def notes(config: RunConfig, prepared: PreparedData, max_steps: int) -> list[str
         found.append(
             "data.val_fraction is that of the shards: their validation side was drawn when they were made"
         )
+    if trainer.max_val_rows is None:
+        found += _long_validation(config, prepared, max_steps)
     if warmup >= max_steps:
         found.append(
             f"optim.warmup_steps={warmup} is not over in {max_steps} steps: the peak learning rate is never reached"
         )
     return found
+
+
+LONG_VALIDATION = 1_000_000
+"""Tokens under which a validation is no matter of time on any machine."""
+
+
+def _long_validation(config: RunConfig, prepared: PreparedData, max_steps: int) -> list[str]:
+    """That a validation takes longer than the training between two, which a large corpus makes of a usual share."""
+    trainer, report = config.trainer, prepared.meta["report"]
+    steps, read = min(trainer.val_every_n_steps, max_steps), report["val"]["tokens"]
+    trained = steps * trainer.rows_per_step * report["train"]["tokens"] / report["rows"]["train"]
+    if read < LONG_VALIDATION or read < 4 * trained:
+        return []
+    return [
+        f"each validation reads {read:,} tokens, {read / trained:,.0f} times what the {steps:,} steps between two train on: "
+        "trainer.max_val_rows=500 would measure 500 rows spread over them"
+    ]
 
 
 def samples(transcript: Transcript, drawn: Sequence[Sample]) -> None:

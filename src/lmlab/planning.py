@@ -134,7 +134,7 @@ def workload_of_data(
     config: RunConfig, prepared: PreparedData, *, flat: bool, max_steps: int, rank: int = 0
 ) -> Workload:
     """The largest micro-batch of this run's own order (of its first 2,000 steps), and of its validation side."""
-    from lmlab.data.order import ShareOfRows, StepBatches
+    from lmlab.data.order import ShareOfRows, StepBatches, spread
     from lmlab.models.plan import Workload
 
     trainer, report = config.trainer, prepared.meta["report"]
@@ -151,7 +151,11 @@ def workload_of_data(
     val_rows = prepared.rows("val")
     val, val_supervised = _largest(
         val_rows,
-        ShareOfRows(len(val_rows), batch_size=trainer.val_batch_size, world_size=world_size(config)),
+        ShareOfRows(
+            spread(len(val_rows), trainer.max_val_rows),
+            batch_size=trainer.val_batch_size,
+            world_size=world_size(config),
+        ),
         flat=flat,
     )
     base = workload_of_config_prompts(config, report)

@@ -250,9 +250,10 @@ class Session:
         from lmlab.training.modules import PretrainModule, SFTModule, Validation
 
         config, meta = self.config, prepared.meta
-        asked = meta["val_prompts"] if meta["format"] != "text" else []
+        asked, val = meta["val_prompts"] if meta["format"] != "text" else [], meta["report"]["val"]
         validation = Validation(
-            supervised_bytes=meta["report"]["val"]["supervised_bytes"],
+            supervised_bytes=val["supervised_bytes"],
+            supervised_tokens=None if config.trainer.max_val_rows is None else val["supervised_tokens"],
             test_bytes=meta["report"].get("test", {}).get("supervised_bytes", 0),
             prompts=[p["prompt"] for p in asked],
             references=[p["response"] for p in asked],

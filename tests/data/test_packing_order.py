@@ -326,7 +326,7 @@ def test_there_were_splits_to_compare() -> None:
 def test_shares_cover_each_row_once_in_equally_many_batches(num_rows: int, world_size: int) -> None:
     for batch_size in (1, 2, 3, 5, 100):
         shares = [
-            ShareOfRows(num_rows, batch_size=batch_size, rank=rank, world_size=world_size)
+            ShareOfRows(range(num_rows), batch_size=batch_size, rank=rank, world_size=world_size)
             for rank in range(world_size)
         ]
         batches = [list(share) for share in shares]
@@ -339,7 +339,7 @@ def test_shares_cover_each_row_once_in_equally_many_batches(num_rows: int, world
         assert rows == Counter(range(num_rows))
         assert blanks < world_size
         assert BLANK not in itertools.chain(*batches[0])
-    alone = list(ShareOfRows(num_rows, batch_size=100))
+    alone = list(ShareOfRows(range(num_rows), batch_size=100))
     assert alone == [list(range(num_rows))]
 
 

@@ -35,6 +35,7 @@ from lmlab.training.options import Sgd, TrainerConfig
 
 STEPS, SEED = 3, 3
 LOSS = CrossEntropy(kind="cross_entropy", label_smoothing=0.0, z_loss=0.0)
+MEASURED = Validation(supervised_bytes=1)
 Gradients = dict[str, torch.Tensor]
 
 
@@ -94,6 +95,7 @@ def options(batch_size: int, accumulate: int, **changes: object) -> TrainerConfi
         "gradient_clip_val": 0.5,
         "val_every_n_steps": 100,
         "val_batch_size": 4,
+        "max_val_rows": None,
         "log_every_n_steps": None,
         "num_workers": 0,
         "compile": False,
@@ -120,7 +122,7 @@ def tiny_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def sft_module(model: Any, *, supervised_bytes: int = 1, loss: CrossEntropy = LOSS) -> SFTModule:
+def sft_module(model: Any, *, validation: Validation = MEASURED, loss: CrossEntropy = LOSS) -> SFTModule:
     optim = Sgd(
         name="sgd",
         lr=0.5,
@@ -135,7 +137,7 @@ def sft_module(model: Any, *, supervised_bytes: int = 1, loss: CrossEntropy = LO
         loss=loss,
         optim=optim,
         max_steps=STEPS,
-        validation=Validation(supervised_bytes=supervised_bytes),
+        validation=validation,
         meter=MemoryMeter(on_cuda=False),
     )
 
@@ -163,10 +165,10 @@ def bring_up(
     flat: bool = True,
     max_steps: int = STEPS,
     precision: str = "fp32",
-    supervised_bytes: int = 1,
+    validation: Validation = MEASURED,
 ) -> tuple[SFTModule, Any, LMDataModule]:
     """(module, trainer, data) of ``model`` on ``prepared``, as lmlab puts them together; on as many ranks as ``chosen`` says."""
-    module = sft_module(model, supervised_bytes=supervised_bytes)
+    module = sft_module(model, validation=validation)
     if flat:
         use_packed_attention(module.model)
     trainer = trainer_for(chosen, root, max_steps=max_steps, precision=precision, world_size=chosen.devices)

@@ -119,19 +119,24 @@ BLANK = -1
 """Row index of a row without content: one token and nothing to predict (`packing.blank_row`)."""
 
 
+def spread(num_rows: int, limit: int | None) -> Sequence[int]:
+    """``limit`` of the rows at equal distances from the first on, so all sources of a mix in proportion; None: all."""
+    if limit is None or limit >= num_rows:
+        return range(num_rows)
+    return [i * num_rows // limit for i in range(limit)]
+
+
 class ShareOfRows(Sampler[list[int]]):
-    """Batches over rows ``rank, rank + world_size, ...`` once, in order: each row is on exactly one rank.
+    """Batches over each of ``rows`` once, in order: ``rank``, ``rank + world_size``, ... of them on this rank.
 
     Every rank yields the same number of batches: one whose share is used up (or empty, with fewer rows than
     ranks) yields a `BLANK` row, so that all of them make the same forward passes and reductions and none waits.
     """
 
-    def __init__(self, num_rows: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.rows = range(rank, num_rows, world_size)
+    def __init__(self, rows: Sequence[int], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.rows = rows[rank::world_size]
         self.batch_size = batch_size
-        self.num_batches = -(
-            -len(range(0, num_rows, world_size)) // batch_size
-        )  # of rank 0, who has the most
+        self.num_batches = -(-len(rows[::world_size]) // batch_size)  # of rank 0, who has the most
 
     def __len__(self) -> int:
         return self.num_batches

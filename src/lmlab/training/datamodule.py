@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lmlab.data.order import ShareOfRows, StepBatches
+from lmlab.data.order import ShareOfRows, StepBatches, spread
 from lmlab.data.packing import collate_flat, collate_padded
 from lmlab.data.prepared import PreparedData
 from lmlab.records import PackedBatch
@@ -115,17 +115,17 @@ class LMDataModule(LightningDataModule):
         return MadeAhead(loader) if on_gpu and not self.options.num_workers else loader
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """This rank's share of the validation rows."""
-        return self._once(self.val_rows)
+        """This rank's share of the validation rows, the same ones each time."""
+        return self._once(self.val_rows, limit=self.options.max_val_rows)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """This rank's share of the test rows."""
         return self._once(self.prepared.rows("test"))
 
-    def _once(self, rows: Any) -> DataLoader[Any]:
+    def _once(self, rows: Any, *, limit: int | None = None) -> DataLoader[Any]:
         assert self.trainer is not None
         share = ShareOfRows(
-            len(rows),
+            spread(len(rows), limit),
             batch_size=self.options.val_batch_size,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,

@@ -65,6 +65,8 @@ class Validation:
 
     Attributes:
         supervised_bytes: UTF-8 bytes of the whole validation side's trained text, for bits per byte.
+        supervised_tokens: of the whole validation side, where a part of it is measured: its bytes are then taken to be
+            the same share of the whole as its tokens. None where all of it is.
         prompts, references: validation records that text metrics generate for.
         metrics: name -> text metric.
         generator: continues prompts with the model in training.
@@ -73,6 +75,7 @@ class Validation:
     """
 
     supervised_bytes: int
+    supervised_tokens: int | None = None
     prompts: Sequence[str] = ()
     references: Sequence[str] = ()
     metrics: dict[str, MetricConfig] = field(default_factory=dict)
@@ -294,7 +297,9 @@ class CausalLMModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Reduce over ranks, compute, and hand the figures to the log."""
-        values = {**self._likelihood("val", self.validation.supervised_bytes), **self.text_metrics()}
+        about = self.validation
+        found = self._likelihood("val", about.supervised_bytes, of_tokens=about.supervised_tokens)
+        values = {**found, **self.text_metrics()}
         self.meter.start(None)
         for name, value in values.items():
             self.log(
@@ -316,15 +321,18 @@ class CausalLMModule(LightningModule):
         self.meter.start(None)
         self.on_metrics(values)
 
-    def _likelihood(self, side: str, supervised_bytes: int) -> dict[str, float]:
+    def _likelihood(
+        self, side: str, supervised_bytes: int, *, of_tokens: int | None = None
+    ) -> dict[str, float]:
         """Loss (nats per token), perplexity and bits per byte over all batches of all ranks; begins anew."""
         nll, tokens = float(self._val_nll.compute()), float(self._val_tokens.compute())
         self._val_nll.reset()
         self._val_tokens.reset()
         loss = nll / max(1.0, tokens)
         values = {f"{side}/loss": loss, f"{side}/perplexity": math.exp(min(loss, 700.0))}
-        if supervised_bytes:
-            values[f"{side}/bits_per_byte"] = nll / math.log(2) / supervised_bytes
+        measured_bytes = supervised_bytes * (tokens / of_tokens if of_tokens else 1.0)
+        if measured_bytes:
+            values[f"{side}/bits_per_byte"] = nll / math.log(2) / measured_bytes
         return values
 
     def text_metrics(self) -> dict[str, float]:
