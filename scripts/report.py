@@ -51,6 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    try:
+        return _write(options)
+    except OSError as error:
+        raise UserError(
+            f"the page cannot be made, {error.strerror}",
+            where=str(error.filename or options.to or options.runs[0]),
+            fix="check the path and its permissions; --to names another folder for a comparison",
+        ) from error
+
+
+def _write(options: argparse.Namespace) -> int:
     runs: list[Path] = options.runs
     compared = options.compare or options.to or options.baseline
     if options.serve or options.index:
@@ -98,18 +109,11 @@ def compare(runs: Sequence[Path], *, to: Path | None, baseline: str | None) -> P
             "a run's directory keeps its own report", where=str(to), fix="name another folder with --to"
         )
     title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    try:
-        entries = [entry for run in runs for entry in entries_of(run)]
-        to.mkdir(parents=True, exist_ok=True)
-        page = write_comparison(to, entries, title=title, baseline=baseline)
-        if not any(map(is_run, to.iterdir())):  # else it is a sweep's folder, with the launcher's own table
-            write_results(to, rows_of(entries))
-    except OSError as error:
-        raise UserError(
-            f"the comparison cannot be made, {error.strerror}",
-            where=str(error.filename or to),
-            fix="name a folder that can be written to with --to",
-        ) from error
+    entries = [entry for run in runs for entry in entries_of(run)]
+    to.mkdir(parents=True, exist_ok=True)
+    page = write_comparison(to, entries, title=title, baseline=baseline)
+    if not any(map(is_run, to.iterdir())):  # else it is a sweep's folder, with the launcher's own table
+        write_results(to, rows_of(entries))
     return page
 
 

@@ -331,6 +331,8 @@ def test_the_script_says_what_is_wrong_in_one_line(
     (tmp_path / "file").write_text("", encoding="utf-8")
     code, _, err = report(first, second, "--to", tmp_path / "file")
     assert code == 2
-    assert err.startswith("error: the comparison cannot be made, ")
+    assert err.startswith("error: the page cannot be made, ")
+    code, _, err = report("a" * 300)
+    assert (code, err.count("\n")) == (2, 1)
     code, _, err = report(first, tmp_path / "nowhere")
     assert (code, err.count("\n")) == (2, 1)

@@ -212,6 +212,16 @@ def test_a_file_that_is_a_directory_and_an_empty_run(tmp_path: Path) -> None:
     Page(render(Reader(tmp_path).read()))
 
 
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "sft" / "piped"
+    folder.mkdir(parents=True)
+    for name in ("run.json", "summary.json", "metrics.jsonl", "config.yaml"):
+        os.mkfifo(folder / name)
+    notes = one(tmp_path, "piped").notes
+    assert "config.yaml cannot be read (a pipe)" in notes
+    assert "metrics.jsonl cannot be read (a pipe)" in notes
+
+
 def test_links_and_locked_folders_are_said(root: Path, tmp_path: Path) -> None:
     os.symlink(root, root / "sft" / "loop")
     deep = root.joinpath(*"abcdefghij")

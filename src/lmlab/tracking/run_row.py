@@ -7,6 +7,7 @@ log only the validations are read, of config.yaml only the lines that are shown.
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import math
 import re
@@ -166,7 +167,7 @@ def _rows(path: Path, whole: bool) -> tuple[list[dict[str, Any]], int]:
     """Log points with a step, and how many lines were none; without ``whole`` only those of validations and the last."""
     rows: list[dict[str, Any]] = []
     torn, line, used = 0, b"", True
-    with open(path, "rb") as file:
+    with open(_no_pipe(path), "rb") as file:
         for line in file:
             used = whole or b'"val/loss"' in line
             if used:
@@ -187,9 +188,15 @@ def _row(line: bytes, rows: list[dict[str, Any]]) -> bool:
     return row is None
 
 
+def _no_pipe(path: Path) -> Path:
+    if path.is_fifo():  # opening one waits without end for somebody to write
+        raise OSError(errno.ESPIPE, "a pipe", str(path))
+    return path
+
+
 def _text(path: Path, broken: list[str]) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return _no_pipe(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         broken.append(f"no {path.name}")
     except OSError as error:
