@@ -112,6 +112,7 @@ BAD: dict[tuple[str, ...], tuple[str, list[str]]] = {
     ("=3",): ("command line", ["'=3' has no key"]),
     ("--epochs", "3"): ("command line", ["--epochs", "key=value"]),
     ("--cfg", "foo"): ("command line", ["'foo'", "job"]),
+    ("-sc", "bash"): ("--shell-completion", ["-sc install=bash"]),
     ("--config-dir", "no-such-folder"): ("command line", ["no-such-folder"]),
     ("optim.lr=1,2",): ("optim.lr", ["optim.lr=1,2", "-m"]),
     ("+optim.lr=3",): ("optim.lr", ["without the +"]),

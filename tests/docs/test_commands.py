@@ -130,7 +130,7 @@ RUNS = (
     Runs(r"^python train\.py -m .*quant=none,fp16", (*SHORT, "adapter=lora", "quant=none,nf4", "data=skills", "data.num_records=60")),
     Runs(r"^python train\.py .*(-m|--multirun)\b.*experiment=skills", (*SHORT, "adapter=none,lora", "seed=1", "data.num_records=60")),
     Runs(r"^python train\.py .*(-m|--multirun)\b", (*SHORT, "seed=1", "data=skills", "data.num_records=60")),
-    Runs(r"^python train\.py( --?(help|cfg|hydra-help|info).*)$"),
+    Runs(r"^python train\.py\b.* --?(help|cfg|hydra-help|info)\b"),
     Runs(r"^python train\.py .*(data|experiment)=skills", (*SHORT, "data.num_records=60")),
     Runs(r"^python train\.py\b.*callbacks\.harness", (*SHORT, "data=skills", "data.num_records=60", "callbacks.harness.every_n_steps=null", "callbacks.harness.limit=2")),
     Runs(r"^python train\.py\b", SHORT),

@@ -1,14 +1,11 @@
 """What is different in the runs of checks, as a plugin of theirs (``plugins: [lmlab.checks.callbacks]``).
 
-Without dropout, for comparisons in which random numbers fall otherwise: other micro-batches, several ranks. And with
-short validations: how many batches they have is not what is checked.
+Without dropout, for comparisons in which random numbers fall otherwise: other micro-batches, several ranks.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
 
 from lmlab.registry import callbacks
 from lmlab.training.options import CallbackConfig
@@ -49,26 +46,3 @@ class WithoutDropout(CallbackConfig):
                 without_dropout(pl_module)
 
         return Without()
-
-
-@callbacks.register
-class ShortValidation(CallbackConfig):
-    """``batches`` of each validation, the first ones.
-
-    Attributes:
-        batches: per rank.
-    """
-
-    kind: Literal["short_validation"]
-    batches: int = Field(ge=1)
-
-    def build(self) -> Any:
-        from lmlab.training.callbacks import Callback
-
-        batches = self.batches
-
-        class Short(Callback):
-            def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-                trainer.limit_val_batches = trainer.limit_test_batches = batches
-
-        return Short()

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmlab.config.command_line import read_command_line
 from lmlab.config.errors import UNKNOWN_KEY, combined, hydra_error, unknown_key, validation_problems
-from lmlab.config.plaintext import refuse_secrets, without_secrets
+from lmlab.config.plaintext import refuse_secrets
 from lmlab.config.shorthand import CONF, named_optimizer, own_sampler_by_name
 from lmlab.journal import RunDir, beside
 from lmlab.records import RunFailedError, UserError
-from lmlab.registry import load_plugins, suggest
+from lmlab.registry import load_plugins
 
 NO_EFFECT_ON_RESULT = (
     "run_name",
@@ -66,7 +67,7 @@ def run_app(
         composed.append((config, list(told)))  # type: ignore[arg-type]
 
     try:
-        flags = _check_command_line(sys.argv[1:])
+        flags, sys.argv[1:] = read_command_line(sys.argv[1:])
         if not sweeps and (flags.multirun or "hydra.mode" in map(_key_of, flags.overrides)):
             raise UserError(
                 "a sweep would train every combination", where="--multirun", fix="give one value for each key"
@@ -111,73 +112,6 @@ def compose_config(overrides: Sequence[str] = ()) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         raise hydra_error(error) from error
     return to_run_config(composed)
-
-
-def _check_command_line(arguments: Sequence[str]) -> Any:
-    """Hydra's flags, read as Hydra does.
-
-    Raises:
-        UserError: an unknown flag, an unreadable setting, or a key under ``hydra.`` that Hydra does not have.
-    """
-    from hydra._internal.utils import get_args_parser
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = get_args_parser()
-
-    def refuse(message: str) -> None:
-        raise UserError(
-            message, where="command line", fix="settings are key=value, as trainer.max_steps=50; see --help"
-        )
-
-    parser.error = refuse  # type: ignore[method-assign,assignment]
-    flags = parser.parse_args(list(arguments))
-    if flags.shell_completion:
-        return flags
-    for text in flags.overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            refuse(without_secrets(f"cannot read '{text}', {reason}"))
-            raise
-        key, value = override.key_or_group, override.value()
-        if not key:
-            refuse(f"'{text}' has no key")
-        if key == "sweep":  # a folder beside the groups, and for Hydra one of them
-            raise UserError(
-                "the files of conf/sweep are for W&B",
-                where="sweep",
-                fix=f"wandb sweep conf/sweep/{value}.yaml, then wandb agent with the id it prints",
-            )
-        if (
-            isinstance(value, int | float | dict | None)
-            and (CONF / key).is_dir()
-            and not override.is_delete()
-        ):
-            options = sorted(file.stem for file in (CONF / key).glob("[!_]*.yaml"))
-            shown = "null" if value is None else value  # Hydra fails on these with a ValueError
-            raise UserError(f"no option '{shown}'", where=key, fix=suggest(str(shown), options))
-        if key.startswith("hydra.") and not _hydra_has(key):
-            raise unknown_key(key)
-    return flags
-
-
-def _hydra_has(key: str) -> bool:
-    """Whether Hydra's own configuration has ``key``; below a free dictionary it has every key."""
-    from hydra.conf import HydraConf
-    from omegaconf import DictConfig, OmegaConf
-
-    node: Any = OmegaConf.structured(HydraConf)
-    for part in key.split(".")[1:]:
-        if not isinstance(node, DictConfig) or OmegaConf.get_type(node) in (None, dict):
-            return True
-        if OmegaConf.is_missing(node, part):
-            return True
-        if part not in OmegaConf.get_type(node).__dataclass_fields__:  # type: ignore[union-attr]
-            return False
-        node = node[part]
-    return True
 
 
 def _all_wrong(error: BaseException, flags: Any, config_name: str, own: str) -> UserError:

@@ -19,7 +19,7 @@ import sysconfig
 import textwrap
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -99,7 +99,8 @@ def version_key() -> str:
 
 
 @lru_cache(maxsize=1)
-def _topics() -> MappingProxyType[str, str]:
+def topics() -> Mapping[str, str]:
+    """pydoc's help topics, name -> text, sorted by name."""
     found: dict[str, str] = {}
     for module, source in _sources():
         if not module.startswith("pydoc_data"):
@@ -110,16 +111,11 @@ def _topics() -> MappingProxyType[str, str]:
     return MappingProxyType({name: found[name] for name in sorted(found)})
 
 
-def topics() -> dict[str, str]:
-    """pydoc's help topics, name -> text, sorted by name."""
-    return dict(_topics())
-
-
 def _topic_groups() -> dict[str, str]:
     """Topic -> group; topics with a passage in common ("compound" quotes "if") have the first one's name."""
-    leader = {name: name for name in _topics()}
+    leader = {name: name for name in topics()}
     owner: dict[str, str] = {}
-    for name, text in _topics().items():
+    for name, text in topics().items():
         for passage in (part.strip() for part in text.split("\n\n")):
             if len(passage) >= COPY_LENGTH:
                 one, other = leader[owner.setdefault(passage, name)], leader[name]
@@ -203,7 +199,7 @@ def texts() -> list[Record]:
     groups = _topic_groups()
     return modules + [
         Record({"text": text.strip()}, f"python_help:topic:{name}", groups[name])
-        for name, text in _topics().items()
+        for name, text in topics().items()
     ]
 
 
@@ -296,7 +292,7 @@ def triples() -> list[Record]:
 def words(min_length: int = 3, max_length: int = 8) -> list[str]:
     """Distinct plain lower-case words, sorted, that stand at least 5 times in the documentation's prose."""
     counts: Counter[str] = Counter()
-    for text in (*(entry.doc for entry in entries()), *_topics().values()):
+    for text in (*(entry.doc for entry in entries()), *topics().values()):
         counts.update(WORD.findall(text))
     return sorted(
         word

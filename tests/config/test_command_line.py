@@ -1,0 +1,39 @@
+"""Hydra's flags and settings in any order, as people type them."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stdout
+
+import pytest
+from omegaconf import OmegaConf
+
+from lmlab.config.command_line import read_command_line
+from lmlab.config.compose import run_app
+
+
+@pytest.mark.parametrize(
+    ("given", "ordered"),
+    [
+        (["a=1", "b=2"], ["a=1", "b=2"]),
+        (["a=1", "--cfg", "job", "b=2"], ["--cfg", "job", "a=1", "b=2"]),
+        (
+            ["-m", "seed=1,2", "--config-dir", "seed", "a=1"],
+            ["-m", "--config-dir", "seed", "seed=1,2", "a=1"],
+        ),
+        (["a=1", "-p", "data", "a=1", "-c", "job"], ["-p", "data", "-c", "job", "a=1", "a=1"]),
+    ],
+)
+def test_settings_come_after_the_flags(given: list[str], ordered: list[str]) -> None:
+    flags, arguments = read_command_line(given)
+    assert arguments == ordered
+    assert flags.overrides == [text for text in given if "=" in text]
+
+
+def test_settings_on_both_sides_of_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "adapter=qlora", "--cfg", "job", "trainer.max_steps=3"])
+    with redirect_stdout(io.StringIO()) as printed:
+        assert run_app(lambda composed, overrides: 1) == 0
+    shown = OmegaConf.create(printed.getvalue())
+    assert (shown.adapter.kind, shown.trainer.max_steps) == ("qlora", 3)
