@@ -386,7 +386,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small += "trainer.max_steps=4 trainer.val_every_n_steps=2 checkpoint.every_n_steps=2 checkpoint.keep=2 samples.prompts=1"
     _must(f"python train.py {small} run_name=my-run", folder)
     _must(f"python train.py {small} run_name=other seed=2", folder)
-    for name in ("skills", "first", "second"):
+    for name in ("skills", "first", "second", "packed"):
         shutil.copytree(folder / "outputs/sft/my-run", folder / "outputs/sft" / name)
     pretrain = small.replace("data=skills data.num_records=60", "data=text data.path=tinyshakespeare.txt")
     _must(
