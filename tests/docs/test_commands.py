@@ -393,7 +393,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"python train.py task=pretrain {pretrain} run_name=mine tokenizer.vocab_size=300 data.max_length=512",
         folder,
     )
-    _must(f"python train.py -m {small} run_name=two seed=1,2", folder)
+    for name, source in (("gpt2_dir", "assets/tiny-base"), ("my_run", "outputs/pretrain/mine")):
+        shutil.copytree(folder / source, folder / name)
+    _must(f"python train.py -m {small} run_name=two adapter=none,lora", folder)
     _must("python scripts/export.py outputs/sft/my-run --to exports/my-model", folder)
     _must(
         "python scripts/tokenize_corpus.py books more.jsonl.gz --tokenizer assets/tiny-base --to corpus",
@@ -406,13 +408,18 @@ def _write_texts(folder: Path) -> None:
     text = "".join(
         f"Speaker {n % 7}:\nLine {n} of a play, and {n * n} are its words.\n\n" for n in range(600)
     )
-    for name in ("tinyshakespeare.txt", "corpus.txt", "text.txt"):
+    for name in ("tinyshakespeare.txt", "shakespeare.txt", "corpus.txt", "text.txt"):
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "books").mkdir()
     for n in range(3):
         (folder / "books" / f"{n}.txt").write_text(text[n * 100 :], encoding="utf-8")
     with gzip.open(folder / "more.jsonl.gz", "wt", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"text": text[n * 50 : n * 50 + 400]}) + "\n" for n in range(20))
+    for name in ("code", "languages"):
+        lines = "".join(
+            json.dumps({"text": f"{name} {n}: " + text[n * 50 : n * 50 + 200]}) + "\n" for n in range(9)
+        )
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     prompts = "".join(
         json.dumps({"prompt": f"Say the first word. {word} two"}) + "\n" for word in ("one", "red")
     )
