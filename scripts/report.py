@@ -52,44 +52,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     try:
-        return _write(options)
+        if options.serve or options.index:
+            folder = _folder_of_runs(options, how="--serve" if options.serve else "--index")
+        else:
+            folder = None
+        page = None if options.serve else _page(options, folder)
     except OSError as error:
         raise UserError(
-            f"the page cannot be made, {error.strerror}",
+            f"the page cannot be made, {error.strerror or error}",
             where=str(error.filename or options.to or options.runs[0]),
-            fix="check the path and its permissions; --to names another folder for a comparison",
+            fix="check the path, its permissions and the room on the disk; --to names another folder for a comparison",
         ) from error
+    if page is None and folder is not None:
+        from lmlab.tracking.serve import serve
 
-
-def _write(options: argparse.Namespace) -> int:
-    runs: list[Path] = options.runs
-    compared = options.compare or options.to or options.baseline
-    if options.serve or options.index:
-        return _list(runs, compared=bool(compared), port=options.port if options.serve else None)
-    if len(runs) == 1 and not compared and (is_run(runs[0]) or not _is_sweep(runs[0])):
-        below = not is_run(runs[0]) and runs[0].is_dir() and Reader(runs[0]).read().all
-        print(write_index(runs[0]) if below else write_report(runs[0]))
-    else:
-        print(compare(runs, to=options.to, baseline=options.baseline))
+        return serve(folder, port=options.port)
+    print(page)
     return 0
 
 
-def _list(folders: Sequence[Path], *, compared: bool, port: int | None) -> int:
-    how = "--index" if port is None else "--serve"
-    if compared or len(folders) != 1:
+def _page(options: argparse.Namespace, folder: Path | None) -> Path:
+    """Write what is asked for; where it is. ``folder``: of the list of runs, where that was asked for by name."""
+    runs: list[Path] = options.runs
+    if folder is not None:
+        return write_index(folder)
+    compared = options.compare or options.to or options.baseline
+    if len(runs) == 1 and not compared and (is_run(runs[0]) or not _is_sweep(runs[0])):
+        below = not is_run(runs[0]) and runs[0].is_dir() and Reader(runs[0]).read().all
+        return write_index(runs[0]) if below else write_report(runs[0])
+    return compare(runs, to=options.to, baseline=options.baseline)
+
+
+def _folder_of_runs(options: argparse.Namespace, *, how: str) -> Path:
+    if options.compare or options.to or options.baseline or len(options.runs) != 1:
         raise UserError(
             "a list is of one folder, and compares nothing", where=how, fix=f"report.py outputs {how}"
         )
-    folder = folders[0]
+    folder: Path = options.runs[0]
     if is_run(folder) or not folder.is_dir():
         what = "one run, not a folder of runs" if is_run(folder) else "no such directory"
         raise UserError(what, where=str(folder), fix="give a folder that holds runs, e.g. outputs")
-    if port is None:
-        print(write_index(folder))
-        return 0
-    from lmlab.tracking.serve import serve
-
-    return serve(folder, port=port)
+    return folder
 
 
 def _is_sweep(path: Path) -> bool:

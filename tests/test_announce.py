@@ -47,6 +47,7 @@ def started(
     *overrides: str,
     width: int,
     val_tokens: int = 20_000,
+    val_rows: int = 296,
     **told: Any,
 ) -> list[str]:
     """What is printed at the start of a run with such a config."""
@@ -59,7 +60,7 @@ def started(
         meta={"report": report, "format": "triples", "stream": False},
         packed=False,
         examples=[],
-        rows=lambda side: range(296),
+        rows=lambda side: range(val_rows),
     )
     optim = SimpleNamespace(name="adamw", lr=1e-3, schedule="cosine")
     built = SimpleNamespace(
@@ -110,8 +111,12 @@ def test_a_validation_that_takes_longer_than_the_training_is_told_of(
 ) -> None:
     told = ["trainer.val_every_n_steps=100", "trainer.batch_size=57"]
     note = "note: each validation reads 1,000,000 tokens, 5 times what the 100 steps between two train on: "
-    note += "trainer.max_val_rows=500 would measure 500 rows spread over them"
+    note += "trainer.max_val_rows=64 would measure 64 rows spread over them"
     assert note in started(run, monkeypatch, *told, width=200, val_tokens=1_000_000)
+    said = started(run, monkeypatch, *told, width=200, val_tokens=1_000_000, val_rows=60)
+    assert not any("each validation reads" in line for line in said)
+    said = started(run, monkeypatch, *told, width=200, val_tokens=1_000_000, val_rows=4_321)
+    assert any("trainer.max_val_rows=900 would measure 900 rows" in line for line in said)
     for other, tokens in ([], 999_999), (["trainer.val_every_n_steps=200"], 1_000_000):
         said = started(run, monkeypatch, *told, *other, width=200, val_tokens=tokens)
         assert not any("each validation reads" in line for line in said)

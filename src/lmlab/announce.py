@@ -106,8 +106,9 @@ def _steps(config: RunConfig, prepared: PreparedData, max_steps: int) -> str:
     if ranks > 1:
         parts.append(f"{ranks} ranks, {'fsdp' if trainer.strategy == 'fsdp' else 'ddp'}")
     made = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-    limit, kept = trainer.max_val_rows, len(prepared.rows("val"))
-    measured = f" on {limit:,} of {kept:,} rows" if limit is not None and limit < kept else ""
+    measured, limit = "", trainer.max_val_rows
+    if limit is not None and limit < (kept := len(prepared.rows("val"))):
+        measured = f" on {limit:,} of {kept:,} rows"
     return f"{max_steps:,} of {trainer.rows_per_step} {rows}{made}, validation every {trainer.val_every_n_steps}{measured}"
 
 
@@ -150,9 +151,13 @@ def _long_validation(config: RunConfig, prepared: PreparedData, max_steps: int) 
     trained = steps * trainer.rows_per_step * report["train"]["tokens"] / report["rows"]["train"]
     if read < LONG_VALIDATION or read < 4 * trained:
         return []
+    # As long as the training between two, to one digit; not so few that the figure says nothing.
+    rows = max(64, int(float(f"{len(prepared.rows('val')) * trained / read:.0e}")))
+    if rows >= len(prepared.rows("val")):
+        return []
     return [
         f"each validation reads {read:,} tokens, {read / trained:,.0f} times what the {steps:,} steps between two train on: "
-        "trainer.max_val_rows=500 would measure 500 rows spread over them"
+        f"trainer.max_val_rows={rows} would measure {rows:,} rows spread over them"
     ]
 
 

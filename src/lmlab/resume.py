@@ -109,6 +109,12 @@ def branched_from(run: RunDir, config: RunConfig) -> RunDir | None:
             fix="give a folder like outputs/sft/my-run/checkpoints/step-00000200, or auto",
         )
     source = RunDir(checkpoint.parents[1])
+    if not source.info.is_file():  # its config may name code to import
+        raise UserError(
+            "the checkpoint is of no run",
+            where=str(source.path),
+            fix=f"a run has its {source.info.name} there",
+        )
     return None if source.path.resolve() == run.path.resolve() else source
 
 

@@ -192,6 +192,7 @@ class Session:
             max_steps=max_steps,
             val_every_n_steps=config.trainer.val_every_n_steps,
             pause=log.pause,
+            branches=branches,
         )
         stop = GracefulStop(save=checkpoints.save)
         samples = self._sample_grid(

@@ -17,18 +17,22 @@ from lmlab.config.compose import run_app
     ("given", "ordered"),
     [
         (["a=1", "b=2"], ["a=1", "b=2"]),
-        (["a=1", "--cfg", "job", "b=2"], ["--cfg", "job", "a=1", "b=2"]),
+        (["a=1", "--cfg", "job", "b=2"], ["a=1", "b=2", "--cfg", "job"]),
         (
             ["-m", "seed=1,2", "--config-dir", "seed", "a=1"],
-            ["-m", "--config-dir", "seed", "seed=1,2", "a=1"],
+            ["seed=1,2", "a=1", "-m", "--config-dir", "seed"],
         ),
-        (["a=1", "-p", "data", "a=1", "-c", "job"], ["-p", "data", "-c", "job", "a=1", "a=1"]),
+        (["a=1", "-p", "data", "a=1", "-c", "job"], ["a=1", "a=1", "-p", "data", "-c", "job"]),
+        (["a=1", "--info"], ["a=1", "--info"]),
+        (["a=1", "--info", "config", "b=2"], ["a=1", "b=2", "--info", "config"]),
+        (["--cfg", "job"], ["--cfg", "job"]),
     ],
 )
-def test_settings_come_after_the_flags(given: list[str], ordered: list[str]) -> None:
+def test_settings_come_before_the_flags(given: list[str], ordered: list[str]) -> None:
     flags, arguments = read_command_line(given)
     assert arguments == ordered
     assert flags.overrides == [text for text in given if "=" in text]
+    assert read_command_line(ordered)[1] == ordered
 
 
 def test_settings_on_both_sides_of_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -213,3 +214,43 @@ def test_a_difference_is_found(train: Train, tmp_path: Path, change: str) -> Non
     part = {"weights": "state_dict", "optimizer": "optimizer_states", "fewer": "metrics"}.get(change, change)
     assert found
     assert all(line.startswith(part) for line in found)
+
+
+def test_a_part_of_the_validation_side(train: Train) -> None:
+    """Its bits per byte, its best in a branch with another part, and a config from before there was the key."""
+    common = [
+        *SMALL,
+        "data.val_fraction=0.2",
+        "adapter=lora",
+        "trainer.max_steps=2",
+        "trainer.val_every_n_steps=1",
+    ]
+    whole = train("val-whole", *common)
+    side = read_json(whole.data_report)["val"]
+    part = train("val-part", *common, "trainer.max_val_rows=2")
+    for run in (whole, part):
+        row = next(json.loads(line) for line in run.metrics.open() if "val/loss" in line)
+        nats = row["val/loss"] * side["supervised_tokens"]  # a part is taken for the whole
+        assert row["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / side["supervised_bytes"])
+    losses = [
+        [json.loads(line)["val/loss"] for line in run.metrics.open() if "val/loss" in line]
+        for run in (whole, part)
+    ]
+    assert all(one != two for one, two in zip(*losses, strict=True))
+
+    with pytest.raises(UserError, match=r"trainer\.max_val_rows was 2, now None"):
+        train("val-part", *common, "resume=auto")
+    start = whole.checkpoints / "step-00000001"
+    branch = train("val-branch", *common, "trainer.max_val_rows=2", f"resume={start}")
+    assert (branch.best / "adapter").is_dir()
+    summary = read_json(branch.summary)
+    assert (summary["best/step"], summary["best/val_loss"]) == (2, losses[1][-1])
+
+    frozen = whole.config.read_text(encoding="utf-8")
+    assert "  max_val_rows: null\n" in frozen
+    whole.config.write_text(frozen.replace("  max_val_rows: null\n", ""), encoding="utf-8")
+    train("val-whole", *common, "resume=auto")
+    stranger = shutil.copytree(whole.path, whole.path.with_name("val-stranger"))
+    (stranger / "run.json").unlink()
+    with pytest.raises(UserError, match="the checkpoint is of no run"):
+        train("val-of-it", *common, f"resume={stranger / 'checkpoints' / 'step-00000001'}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,9 @@ def _rhythm(bench: Bench) -> dict[str, Any]:
         "trainer.max_epochs": None,
         "trainer.log_every_n_steps": 1,
         "trainer.val_every_n_steps": min(config.trainer.val_every_n_steps, bench.at),
-        "trainer.max_val_rows": VAL_BATCHES * config.trainer.val_batch_size,
+        "trainer.max_val_rows": min(
+            VAL_BATCHES * config.trainer.val_batch_size, config.trainer.max_val_rows or sys.maxsize
+        ),
         "checkpoint.every_n_steps": bench.at,
         "checkpoint.keep": bench.steps,
     }

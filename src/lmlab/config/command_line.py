@@ -13,9 +13,9 @@ from lmlab.registry import suggest
 
 
 def read_command_line(arguments: Sequence[str]) -> tuple[Any, list[str]]:
-    """Hydra's flags, and the arguments with the flags before the settings.
+    """Hydra's flags, and the arguments with all settings before the flags.
 
-    Hydra refuses settings on both sides of ``--cfg job`` as unrecognized.
+    Hydra refuses settings on both sides of ``--cfg job`` as unrecognized; behind a bare ``--info`` one is its value.
 
     Raises:
         UserError: an unknown flag, an unreadable setting, or a key under ``hydra.`` that Hydra does not have.
@@ -32,10 +32,10 @@ def read_command_line(arguments: Sequence[str]) -> tuple[Any, list[str]]:
         return flags, list(arguments)
     for text in flags.overrides:
         _check_setting(text)
-    ordered = list(arguments)
+    others = list(arguments)
     for text in flags.overrides:
-        ordered.remove(text)
-    return flags, [*ordered, *flags.overrides]
+        others.remove(text)
+    return flags, [*flags.overrides, *others]
 
 
 def _refuse(message: str) -> None:

@@ -120,7 +120,7 @@ BLANK = -1
 
 
 def spread(num_rows: int, limit: int | None) -> Sequence[int]:
-    """``limit`` of the rows at equal distances from the first on, so all sources of a mix in proportion; None: all."""
+    """``limit`` of the rows at equal distances from the first on, of a mix's sources in proportion to their rows; None: all."""
     if limit is None or limit >= num_rows:
         return range(num_rows)
     return [i * num_rows // limit for i in range(limit)]

@@ -195,6 +195,7 @@ class Checkpoints(Callback):
             None, of the model as it is.
         pause: entered while saving (the log's clock stands still).
         val_every_n_steps: a checkpoint due together with a validation is saved after it.
+        branches: it begins at another run's checkpoint, whose best, perhaps on other data, is not this run's.
     """
 
     def __init__(
@@ -206,7 +207,9 @@ class Checkpoints(Callback):
         max_steps: int,
         val_every_n_steps: int,
         pause: Callable[[], AbstractContextManager[None]],
+        branches: bool = False,
     ) -> None:
+        self.branches = branches
         self.run, self.options, self.save_weights = run, options, save_weights
         self.max_steps, self.val_every = max_steps, val_every_n_steps
         self.best: float | None = None
@@ -219,7 +222,8 @@ class Checkpoints(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
-        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+        if not self.branches:
+            self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save where a step is due and no validation follows."""

@@ -119,7 +119,8 @@ class TrainerConfig(Config):
         batch_size: examples (or packed rows, or windows) per device and micro-batch.
         strategy: of several ranks: ``ddp`` (and ``auto``) has the model whole on each, ``fsdp`` a share of it.
         max_val_rows: a validation measures this many rows, spread evenly over the validation side and always the same;
-            null for all of it. Bits per byte are then taken over a proportional share of its bytes.
+            null for all of it. Bits per byte are then taken over a proportional share of its bytes. A run frozen before
+            there was this key measures all.
         precision: of matrix products; weights that are trained stay fp32.
         on_nonfinite: a loss or gradient that is not finite stops the run before the update, or that update is skipped.
         max_nonfinite_steps: of updates skipped so, the run stops at the next.
@@ -141,7 +142,7 @@ class TrainerConfig(Config):
     gradient_clip_val: float | None = Field(gt=0)
     val_every_n_steps: int = Field(ge=1)
     val_batch_size: int = Field(ge=1)
-    max_val_rows: int | None = Field(ge=1)
+    max_val_rows: int | None = Field(default=None, ge=1)
     log_every_n_steps: int | None = Field(ge=1)
     num_workers: int = Field(ge=0)
     compile: bool
