@@ -237,7 +237,10 @@ def lists() -> Iterator[Broken]:
         "not JSON: Expecting value: line 1 column 11 (char 10) ({file})" + NOT_JSON,
     )
     yield Broken(
-        ".json", "lines", jsonl(*GOOD), "not JSON: Extra data: line 2 column 1 (char 69) ({file})" + NOT_JSON
+        ".json",
+        "two lists",
+        b'[{"a": 1}]\n[{"a": 2}]',
+        "not JSON: Extra data: line 2 column 1 (char 11) ({file})" + NOT_JSON,
     )
     yield Broken(
         ".json",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -168,15 +169,29 @@ def test_a_text_with_nul_bytes_is_no_text(tmp_path: Path, make_config: Make) -> 
         (b'{"a": 1}', "not a JSON list of records ({file}): use [{{...}}, ...] or .jsonl"),
         (b"7", "not a JSON list of records ({file}): use [{{...}}, ...] or .jsonl"),
         (b'[{"a": 1},', "not JSON: "),
-        (b'{"a": 1}\n{"a": 2}\n', "not JSON: Extra data: line 2 column 1 (char 9) ({file}): mend it, or use one"),
+        (b'[{"a": 1}]\n{"a": 2}\n', "not JSON: Extra data: line 2 column 1 (char 11) ({file}): mend it, or use one"),
+        (b'{\n"a": 1}\n{"a": 2}\n', "not JSON: Extra data: line 3 column 1 (char 10) ({file}): mend it, or use one"),
         (b"[" * 100_000, "not JSON: maximum recursion depth exceeded"),
     ],
-    ids=["object", "number", "cut", "lines", "deep"],
+    ids=["object", "number", "cut", "lists", "several", "deep"],
 )  # fmt: skip
 def test_a_json_file_is_a_list(tmp_path: Path, make_config: Make, content: bytes, expected: str) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(content)
     assert error_of(make_config("jsonl", path=str(file))).startswith(expected.format(file=file))
+
+
+@pytest.mark.parametrize("name", ["a.json", "c4-train.00000-of-01024.json.gz"])
+@pytest.mark.parametrize("before", [b"", b"\n \r\n", "\ufeff".encode()], ids=["", "blank", "mark"])
+def test_a_json_file_with_an_object_a_line(
+    tmp_path: Path, make_config: Make, name: str, before: bytes
+) -> None:
+    file = tmp_path / name
+    content = before + b'{"text": "one"}\n\n{"text": "two"}\nbroken\n'
+    file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    records, intake = read(make_config("text", path=str(file)), "skip")
+    assert [record.fields["text"] for record in records] == ["one", "two"]
+    assert (intake.read, dict(intake.dropped)) == (3, {"broken JSON": 1})
 
 
 def test_items_of_a_json_list_are_counted_apart(tmp_path: Path, make_config: Make) -> None:

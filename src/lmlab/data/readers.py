@@ -108,11 +108,14 @@ def read_jsonl(file: Path, intake: Intake) -> Iterator[Record]:
 
 
 def read_json(file: Path, intake: Intake) -> Iterator[Record]:
-    """A list of objects; it is parsed as a whole, so a large one is better a .jsonl.
+    """A list of objects, parsed as a whole, so a large one is better a .jsonl; or, as some name them, one object a line.
 
     Raises:
         UserError: no JSON, or no list.
     """
+    if _has_lines(file):
+        yield from read_jsonl(file, intake)
+        return
     fix = "mend it, or use one JSON object a line (.jsonl)"
     with opened(file) as stream:
         raw = stream.read()
@@ -135,6 +138,19 @@ def read_json(file: Path, intake: Intake) -> Iterator[Record]:
             yield Record(row, where=f"{file}[{number}]")
         else:
             intake.bad("not an object", where=f"{file}[{number}]", detail=f"found {type(row).__name__}")
+
+
+def _has_lines(file: Path) -> bool:
+    """Whether the first line is an object and others follow."""
+    with opened(file) as stream:
+        first = next((line for line in stream if line.removeprefix(BOM).strip()), b"")
+        if not first.removeprefix(BOM).lstrip().startswith(b"{"):  # a list is not parsed twice
+            return False
+        try:
+            is_object = isinstance(json.loads(first), dict)
+        except (ValueError, RecursionError):
+            return False
+        return is_object and any(line.strip() for line in stream)
 
 
 def decoded(raw: bytes, intake: Intake, *, where: str, offset: int) -> str | None:
