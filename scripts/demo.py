@@ -48,7 +48,8 @@ def main() -> int:
             return code
     print(f"\ndemo done in {time.monotonic() - began:.0f} s")
     print(f"report of the last run: {ROOT / 'outputs' / 'sft' / f'demo-qlora-{stamp}' / 'report.html'}")
-    print("next: python train.py -m experiment=skills adapter=none,lora,qlora")
+    print("(steps 2 and 3 tune different models: the one of step 1, minutes old, and the embedded one)")
+    print("next: . .venv/bin/activate && python train.py -m experiment=skills adapter=none,lora,qlora")
     return 0
 
 

@@ -85,7 +85,7 @@ def test_the_table_at_the_start(run: RunDir, monkeypatch: pytest.MonkeyPatch) ->
         "data        skills as triples: 5,704 + 296 validation records, 215,834 tokens, 11% trained",
         "steps       200 of 16 examples (8 at once, 2 times), validation every 50",
         "device      cpu, 2 threads",
-        "plan        0.82 GB at most, in backward (trainer.memory_plan)",
+        "plan        a peak of 0.82 GB, in backward (trainer.memory_plan)",
         f"logger      W&B: {NO_KEY}",
         "output      out/sft/my run",
         "added tokens: <x>",
@@ -123,6 +123,15 @@ def test_a_validation_that_takes_longer_than_the_training_is_told_of(
     said = started(run, monkeypatch, *told, "trainer.max_val_rows=100", width=200, val_tokens=1_000_000)
     assert "steps       200 of 57 examples, validation every 100 on 100 of 296 rows" in said
     assert not any("each validation reads" in line for line in said)
+
+
+def test_a_whole_model_can_be_tuned_next(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run.path / "adapter").rename(run.path / "model")
+    said = ended(run, monkeypatch, "finished", exit_code=0)
+    command = (
+        "  python train.py model=pretrained model.name_or_path='out/sft/my run' data=jsonl data.path=FILE"
+    )
+    assert any(line.startswith(command) for line in said)
 
 
 @pytest.mark.parametrize("width", [40, 60])

@@ -58,7 +58,7 @@ def start(
     ]
     if planned_gb:
         worst = max(planned_gb, key=lambda phase: planned_gb[phase])
-        rows.append(("plan", f"{planned_gb[worst]:.2f} GB at most, in {worst} (trainer.memory_plan)"))
+        rows.append(("plan", f"a peak of {planned_gb[worst]:.2f} GB, in {worst} (trainer.memory_plan)"))
     rows += [("logger", _mirror(mirror, config, said)), ("output", os.path.relpath(run.path))]
     transcript.rows(rows)
     others = [remark for remark in remarks if not remark.startswith(MIRROR)]
@@ -225,6 +225,9 @@ def next_commands(run: RunDir, where: str, *, is_made: bool, code: Any) -> list[
     saved = code in STOPPED_CODES or (code not in (0, 2) and any(run.checkpoints.glob("step-*")))
     if saved and OF_A_MULTIRUN not in os.environ:  # there the sweep's own command goes on with its jobs
         commands.append(("go on from the last checkpoint", _resume_command(run)))
+    if is_made and (run.path / "model").exists():
+        tune = f"python train.py model=pretrained model.name_or_path={where}"
+        commands.append(("fine-tune it", f"{tune} data=jsonl data.path=FILE"))
     if is_made:
         commands += [
             ("write a text", f"python scripts/generate.py {where} --prompt '...'"),

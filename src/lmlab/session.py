@@ -194,7 +194,7 @@ class Session:
             pause=log.pause,
             branches=branches,
         )
-        stop = GracefulStop(save=checkpoints.save)
+        stop = GracefulStop(save=checkpoints.save, say=self.say)
         samples = self._sample_grid(
             built, prepared, meter, max_steps, pause=log.pause, resume_from=resume_from
         )

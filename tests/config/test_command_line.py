@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from lmlab.config.command_line import read_command_line
 from lmlab.config.compose import run_app
+from lmlab.records import UserError
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,17 @@ def test_settings_come_before_the_flags(given: list[str], ordered: list[str]) ->
     assert arguments == ordered
     assert flags.overrides == [text for text in given if "=" in text]
     assert read_command_line(ordered)[1] == ordered
+
+
+def test_a_path_with_an_equals_sign_is_put_in_quotes() -> None:
+    """As the names are that runs are given where they have none, and as they are printed at a run's end."""
+    path = "outputs/pretrain/experiment=small_text-path=tinyshakespeare.txt-96ab6d"
+    flags, arguments = read_command_line(["--cfg", "job", f"+model.name_or_path={path}", f"a.b='{path}'"])
+    assert flags.overrides == [f"+model.name_or_path='{path}'", f"a.b='{path}'"]
+    assert arguments == [*flags.overrides, "--cfg", "job"]
+    for text in ("optim.lr==3", "a=b=[1", "a=b=c,d", "a={b=c}"):
+        with pytest.raises(UserError, match="cannot read"):
+            read_command_line([text])
 
 
 def test_settings_on_both_sides_of_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:

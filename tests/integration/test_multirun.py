@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,10 @@ def test_a_signal_stops_all_jobs_and_the_same_command_goes_on(tmp_path: Path, nu
     requeued = (tmp_path / "called").read_text().split("\n") if (tmp_path / "called").exists() else []
     assert requeued == (["requeue 77", ""] if number == signal.SIGUSR1 else [])
     assert [row["status"] for row in rows_of(root)] == ["interrupted", "interrupted", "not started"]
-    again = command("train.py", "-m", *told)
+    said = next(line for line in err.splitlines() if line.startswith("go on with: python train.py "))
+    words = shlex.split(said)[5:]
+    assert sorted(words) == sorted(["-m", *told])
+    again = command("train.py", *words)
     assert again.returncode == 0, again.stderr
     assert [row["status"] for row in rows_of(root)] == ["finished"] * 3
     for folder in root.glob("[0-9]-*"):

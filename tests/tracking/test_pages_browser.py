@@ -230,6 +230,10 @@ def test_a_long_table_of_a_report_filters_and_a_short_one_has_no_filter(
     )
     assert all(filtered == (rows >= 8) for rows, filtered in tables)
     assert {filtered for _, filtered in tables} == {True, False}
+    widths = browser.run(
+        "Array.from(document.querySelectorAll('table.sortable')).map(t => t.closest('.scroll').offsetWidth)"
+    )
+    assert min(widths) > 150, "a filter takes no table's place in a grid"
 
 
 # --- served ---------------------------------------------------------------------------------------------------------

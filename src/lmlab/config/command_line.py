@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from lmlab.config.plaintext import without_secrets
 from lmlab.config.shorthand import CONF
 from lmlab.records import UserError
 from lmlab.registry import suggest
+
+NAME_WITH_EQUALS = re.compile(r"[\w./~-][\w./~=+@:-]*")
+"""A value that Hydra's grammar takes in quotes only: the path of a run whose name was made of its settings."""
 
 
 def read_command_line(arguments: Sequence[str]) -> tuple[Any, list[str]]:
@@ -30,11 +34,10 @@ def read_command_line(arguments: Sequence[str]) -> tuple[Any, list[str]]:
         if not any(text.startswith(verbs) for text in flags.overrides):
             raise UserError("no shell is named", where="--shell-completion", fix="-sc install=bash")
         return flags, list(arguments)
-    for text in flags.overrides:
-        _check_setting(text)
     others = list(arguments)
     for text in flags.overrides:
         others.remove(text)
+    flags.overrides = [_checked(text) for text in flags.overrides]
     return flags, [*flags.overrides, *others]
 
 
@@ -44,13 +47,17 @@ def _refuse(message: str) -> None:
     )
 
 
-def _check_setting(text: str) -> None:
+def _checked(text: str) -> str:
+    """The setting, in quotes where Hydra wants them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
+        key, _, value = text.partition("=")
+        if "=" in value and NAME_WITH_EQUALS.fullmatch(value):
+            return _checked(f"{key}='{value}'")
         reason = str(error).splitlines()[0]
         _refuse(without_secrets(f"cannot read '{text}', {reason}"))
         raise
@@ -69,6 +76,7 @@ def _check_setting(text: str) -> None:
         raise UserError(f"no option '{shown}'", where=key, fix=suggest(str(shown), options))
     if key.startswith("hydra.") and not _hydra_has(key):
         raise unknown_key(key)
+    return text
 
 
 def _hydra_has(key: str) -> bool:

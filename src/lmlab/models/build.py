@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lmlab.hub import hub_reachable
 from lmlab.records import UserError
 from lmlab.registry import Config, models
 
@@ -108,9 +109,13 @@ class Pretrained(ModelConfig):
         from transformers import AutoConfig
 
         source = self.source
+        offline = not Path(source).exists() and not hub_reachable()
         try:
             config = AutoConfig.from_pretrained(
-                source, revision=self.revision, trust_remote_code=self.trust_remote_code
+                source,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                local_files_only=offline,
             )
         except (
             Exception
@@ -120,6 +125,12 @@ class Pretrained(ModelConfig):
                 if not Path(source).exists()
                 else "it needs a config.json that transformers knows"
             )
+            if offline:
+                raise UserError(
+                    f"model '{self.name_or_path}' is not cached, and the hub cannot be reached",
+                    where="model.name_or_path",
+                    fix="give a directory, or connect once; its shape alone needs no hub: model=scratch/...",
+                ) from error
             detail = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"model '{self.name_or_path}' has no usable config: {detail}",

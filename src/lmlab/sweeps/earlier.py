@@ -73,7 +73,7 @@ def overrides_of(row: Mapping[str, str]) -> list[str]:
 
 def same_point(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether overrides are the same but for what only says how to go on."""
-    ways = ("resume", "overwrite", "launcher.jobs")
+    ways = ("run_name", "resume", "overwrite", "launcher.jobs")  # its name is where it lies
     return [o for o in one if key_of(o) not in ways] == [o for o in other if key_of(o) not in ways]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -84,6 +85,8 @@ def run_jobs(points: Points, *, compose: Compose, root: Path, options: Any, over
     failed = [job for job in sweep.jobs if job.went_wrong]
     for job in failed:
         print(f"error: job {job.number} ({job.label}) {job.status}{_why(job)}", file=sys.stderr)
+    if any(job.status in ("interrupted", "not started") for job in sweep.jobs):
+        print(f"go on with: {_same_sweep(sweep.root)}", file=sys.stderr)
     return code or (1 if failed else 0)
 
 
@@ -376,6 +379,12 @@ def _status(code: int, said: str, run: RunDir, *, told: bool) -> str:
 
 def _why(job: Job) -> str:
     """For a line about a failed job: its reason, and where the rest is."""
-    if job.run is None:
+    if job.run is None or job.status == "interrupted":
         return ""
     return f": {reason_of(job)} (see {os.path.relpath(job.folder / CONSOLE)})"
+
+
+def _same_sweep(root: Path) -> str:
+    """The command that began the sweep, with its name, as a drawn one would be another."""
+    kept = [word for word in sys.argv[1:] if not word.lstrip("+").startswith(("run_name=", "overwrite="))]
+    return shlex.join(["python", Path(sys.argv[0]).name, *kept, f"run_name={root.name}"])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmlab import registry
+from lmlab.hub import hub_reachable
 from lmlab.records import UserError
 from lmlab.remote import Remote, fetch_below, is_url, without_file_scheme
 from lmlab.tokenizers.convert import (
@@ -173,8 +174,7 @@ def _with_roles(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTok
 def _load_from_hub(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    # Asked first: the hub client retries for most of a minute before it believes that there is no network.
-    offline = not _hub_reachable()
+    offline = not hub_reachable()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision or "main", trust_remote_code=trust_remote_code, local_files_only=offline
@@ -188,27 +188,6 @@ def _load_from_hub(name: str, revision: str | None, trust_remote_code: bool) -> 
     if offline:
         log.warning("the hub cannot be reached: tokenizer '%s' comes from the local cache", name)
     return tokenizer
-
-
-def _hub_reachable() -> bool:
-    """Whether the hub answers a connection; behind a proxy nobody can tell, so yes is assumed."""
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():
-        return True
-    url = urlsplit(constants.ENDPOINT)
-    port = url.port or (80 if url.scheme == "http" else 443)
-    try:
-        socket.create_connection((url.hostname or "", port), timeout=3.0).close()
-    except OSError:
-        return False
-    return True
 
 
 def _brief(error: Exception) -> str:

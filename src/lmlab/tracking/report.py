@@ -240,7 +240,11 @@ def _cost_figures(run: RunFiles, flat: Mapping[str, Any]) -> list[Tile]:
     times = [plots.number(row.get("time", "")) for row in run.metrics]
     if times := [time for time in times if time is not None and math.isfinite(time)]:
         tokens = plots.series(run.metrics, "train/tokens")
-        note = f"{short(max(tokens.values()))} tokens trained on" if tokens else ""
+        note = (
+            f"{short(max(tokens.values()))} tokens trained on; the time has validations and samples in it"
+            if tokens
+            else ""
+        )
         tiles.append(Tile("Time to the last log point", duration(max(times)), note))
     return tiles
 

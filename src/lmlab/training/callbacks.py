@@ -248,8 +248,11 @@ class GracefulStop(Callback):
         signal: the one that stopped the run, on every rank, else None.
     """
 
-    def __init__(self, *, save: Callable[[Trainer], None]) -> None:
+    def __init__(
+        self, *, save: Callable[[Trainer], None], say: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.signal: int | None = None
+        self._say = say
         self._save, self._step, self._caught_at = save, -1, 0.0
         self._old: dict[int, Any] = {}
 
@@ -281,6 +284,9 @@ class GracefulStop(Callback):
             pl_module.agreed_signal = pl_module.caught_signal  # also what came since the step's end
         if pl_module.agreed_signal:
             self.signal = pl_module.agreed_signal
+            self._say(
+                f"{signal.Signals(self.signal).name}: stopping after step {self._step}, saving a checkpoint"
+            )
             trainer.limit_val_batches = 0  # stopping must be quick: no validation on the way out
             trainer.should_stop = True
             self._save(trainer)
