@@ -18,7 +18,7 @@ SRC = ROOT / "src"
 FILES = sorted(SRC.rglob("*.py"))
 
 LAYERS = [  # design.md section 2, bottom up; a row's members never import one another unless they may
-    {"records", "registry", "lines", "journal", "modes", "remote"},
+    {"records", "registry", "lines", "journal", "modes", "remote", "hub"},
     {"data", "tokenizers", "models", "generation", "tracking"},
     {"evaluation", "export"},
     {"training"},
