@@ -52,30 +52,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     try:
-        if options.serve or options.index:
-            folder = _folder_of_runs(options, how="--serve" if options.serve else "--index")
-        else:
-            folder = None
-        page = None if options.serve else _page(options, folder)
+        made = _folder_of_runs(options, how="--serve") if options.serve else _page(options)
     except OSError as error:
         raise UserError(
             f"the page cannot be made, {error.strerror or error}",
             where=str(error.filename or options.to or options.runs[0]),
             fix="check the path, its permissions and the room on the disk; --to names another folder for a comparison",
         ) from error
-    if page is None and folder is not None:
+    if options.serve:
         from lmlab.tracking.serve import serve
 
-        return serve(folder, port=options.port)
-    print(page)
+        return serve(made, port=options.port)
+    print(made)
     return 0
 
 
-def _page(options: argparse.Namespace, folder: Path | None) -> Path:
-    """Write what is asked for; where it is. ``folder``: of the list of runs, where that was asked for by name."""
+def _page(options: argparse.Namespace) -> Path:
+    """Write what is asked for; where it is."""
+    if options.index:
+        return write_index(_folder_of_runs(options, how="--index"))
     runs: list[Path] = options.runs
-    if folder is not None:
-        return write_index(folder)
     compared = options.compare or options.to or options.baseline
     if len(runs) == 1 and not compared and (is_run(runs[0]) or not _is_sweep(runs[0])):
         below = not is_run(runs[0]) and runs[0].is_dir() and Reader(runs[0]).read().all

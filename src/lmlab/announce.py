@@ -152,8 +152,9 @@ def _long_validation(config: RunConfig, prepared: PreparedData, max_steps: int) 
     if read < LONG_VALIDATION or read < 4 * trained:
         return []
     # As long as the training between two, to one digit; not so few that the figure says nothing.
-    rows = max(64, int(float(f"{len(prepared.rows('val')) * trained / read:.0e}")))
-    if rows >= len(prepared.rows("val")):
+    kept = len(prepared.rows("val"))
+    rows = max(64, int(float(f"{kept * trained / read:.0e}")))
+    if rows >= kept:
         return []
     return [
         f"each validation reads {read:,} tokens, {read / trained:,.0f} times what the {steps:,} steps between two train on: "

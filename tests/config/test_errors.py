@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -316,7 +317,9 @@ def test_a_secret_in_a_file_that_a_setting_names_is_refused(
     ],
 )
 def test_what_only_resembles_a_secret_passes(values: dict[str, Any]) -> None:
+    before = copy.deepcopy(values)
     refuse_secrets(values)
+    assert values == before
 
 
 # --- real processes -------------------------------------------------------------------------------------------------

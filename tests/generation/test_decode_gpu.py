@@ -58,7 +58,7 @@ def reference(model: Any) -> tuple[list[list[int]], list[int]]:
     return ids, clear
 
 
-def check(model: Any, eos: list[int]) -> None:
+def assert_same_ids(model: Any, eos: list[int]) -> None:
     expected, clear = reference(model)
     with ready_to_decode(model, compute_dtype=torch.float32, num_steps=NEW):
         rows = generate(model, PROMPTS, sampler=SAMPLER, eos_token_ids=eos, seeds=range(len(PROMPTS)))
@@ -77,10 +77,10 @@ def check(model: Any, eos: list[int]) -> None:
 )
 def test_against_transformers_greedy_with_graphs(name: str, capsys: Any) -> None:
     model = build(name)
-    check(model, [])
+    assert_same_ids(model, [])
     assert "without CUDA graphs" not in capsys.readouterr().err
     expected, _ = reference(model)
-    check(
+    assert_same_ids(
         model, sorted({expected[0][4], expected[3][10]})
     )  # rows end in the middle, graphs are recorded anew
 
@@ -89,7 +89,7 @@ def test_against_transformers_greedy_with_graphs(name: str, capsys: Any) -> None
 def test_what_cannot_be_captured_decodes_without(name: str) -> None:
     changes: dict[str, Any] = {"layer_types": ["conv", "full_attention"]} if name == "lfm2" else {}
     model = random_model(name, **changes)
-    check(model.eval().cuda(), [])
+    assert_same_ids(model.eval().cuda(), [])
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "nf4"])
@@ -103,7 +103,7 @@ def test_with_an_adapter_and_over_nf4(quantized: bool) -> None:
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.2)
-    check(adapted.eval(), [])
+    assert_same_ids(adapted.eval(), [])
 
 
 OFF: dict[str, Any] = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p"))
@@ -156,7 +156,7 @@ def test_a_thread_that_pins_memory_does_not_spoil_the_capture(capsys: Any) -> No
     thread.start()
     try:
         for _ in range(3):
-            check(build("llama"), [])
+            assert_same_ids(build("llama"), [])
     finally:
         thread.ended.set()
         thread.join()

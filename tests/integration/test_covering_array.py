@@ -183,7 +183,8 @@ def test_a_point_trains_once_it_is_mended(
 def test_a_point_trains_or_is_refused_in_one_line(
     index: int, files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    outcome(POINTS[index], files, tmp_path, capfd)
+    code, said = outcome(POINTS[index], files, tmp_path, capfd)
+    assert code == 0 or "error: " in said
 
 
 def outcome(

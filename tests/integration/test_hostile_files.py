@@ -184,7 +184,7 @@ def test_an_adapter_with_an_odd_base(adapter: Path, base: str) -> None:
     for name, key in (("lmlab.json", "base"), ("adapter_config.json", "base_model_name_or_path")):
         file = adapter / name
         file.write_text(json.dumps(json.loads(file.read_text()) | {key: base}))
-    refusal(lambda: load_for_use(str(adapter), accelerator="cpu"))
+    assert refusal(lambda: load_for_use(str(adapter), accelerator="cpu"))
 
 
 def broken_safetensors(whole: bytes) -> dict[str, bytes]:

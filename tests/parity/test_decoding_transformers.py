@@ -59,7 +59,7 @@ def own(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Generated], t
     return rows, torch.stack(steps, dim=1)
 
 
-def check(model: Any, *, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_same_ids(model: Any, *, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal up to the first tie of a row; nearly all tokens must have been compared."""
     if grouped:
         monkeypatch.setattr(decode, "_cost_of_one_more", lambda *args: 1)
@@ -88,7 +88,7 @@ EVERY: list[Any] = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) 
 @pytest.mark.parametrize("grouped", [False, True], ids=["one-prefill", "grouped-prefill"])
 @pytest.mark.parametrize("name", EVERY)
 def test_against_transformers_greedy_ids(name: str, grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(build(name), grouped=grouped, monkeypatch=monkeypatch)
+    assert_same_ids(build(name), grouped=grouped, monkeypatch=monkeypatch)
 
 
 @pytest.mark.parametrize("name", [p for p in EVERY if str(getattr(p, "values", (p,))[0]) in ACCEPTED])
@@ -115,7 +115,7 @@ def test_against_transformers_over_quantized_and_adapted_bases(
             if "lora_B" in parameter_name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         model.eval()
-    check(model, grouped=True, monkeypatch=monkeypatch)
+    assert_same_ids(model, grouped=True, monkeypatch=monkeypatch)
 
 
 def test_lengths_that_change_the_angles_are_read_in_one_piece() -> None:

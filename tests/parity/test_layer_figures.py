@@ -42,7 +42,7 @@ def lora_layers(model: Any) -> dict[str, Any]:
     }
 
 
-def check(model: Any, figures: list[LayerFigures]) -> None:
+def assert_figures(model: Any, figures: list[LayerFigures]) -> None:
     """Every layer's figures against PEFT's own product ``scale * B A``."""
     layers = lora_layers(model)
     assert [row.layer for row in figures] == list(layers)
@@ -84,7 +84,7 @@ def test_effective_rank_of_known_spectra() -> None:
 @pytest.mark.parametrize("storage", ALL, ids=label)
 def test_against_peft_random_adapters_over_every_storage(storage: dict[str, Any]) -> None:
     model = adapted(storage=storage)
-    check(model, TrackedLayers(model).read())
+    assert_figures(model, TrackedLayers(model).read())
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_against_peft_random_adapters_over_every_storage(storage: dict[str, Any]
 )
 def test_against_peft_scalings_and_ranks(changes: dict[str, Any]) -> None:
     model = adapted(**changes)
-    check(model, TrackedLayers(model).read())
+    assert_figures(model, TrackedLayers(model).read())
 
 
 def test_against_peft_gpt2_whose_weights_are_transposed() -> None:
     model = adapted("gpt2")
-    check(model, TrackedLayers(model).read())
+    assert_figures(model, TrackedLayers(model).read())
 
 
 def test_a_fresh_adapter_has_moved_nothing_and_a_trained_one_has() -> None:
@@ -114,7 +114,7 @@ def test_a_fresh_adapter_has_moved_nothing_and_a_trained_one_has() -> None:
         optimizer.step()
         optimizer.zero_grad()
     figures = layers.read()
-    check(model, figures)
+    assert_figures(model, figures)
     assert all(row.update_ratio and 1 <= (row.effective_rank or 0) <= 4 for row in figures)
 
 

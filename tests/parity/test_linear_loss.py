@@ -46,7 +46,7 @@ def own_loss(model: Any, examples: Any, loss: CrossEntropy) -> torch.Tensor:
     return total + loss.z_loss * logits.logsumexp(-1).square().sum()
 
 
-def compare(model: Any, loss: CrossEntropy, *, tolerance: float = RELATIVE) -> None:
+def assert_same_loss(model: Any, loss: CrossEntropy, *, tolerance: float = RELATIVE) -> None:
     examples = documents()
     with attention(model, "eager"):
         expected = own_loss(model, examples, loss)
@@ -69,7 +69,7 @@ def test_against_cross_entropy_of_own_logits_by_architecture(model_type: str) ->
         for name in ("p", "dropout", "attention_dropout", "attn_dropout", "resid_pdrop", "embd_pdrop"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-    compare(model, LOSSES["plain"])
+    assert_same_loss(model, LOSSES["plain"])
 
 
 CAPPED = {
@@ -88,7 +88,7 @@ CAPPED = {
 def test_against_cross_entropy_scales_caps_biases_and_ties(model_type: str, loss: str) -> None:
     model = random_model(model_type, **CAPPED[model_type])
     assert head.in_chunks(model), "the chunked path is what is tested"
-    compare(model, LOSSES[loss])
+    assert_same_loss(model, LOSSES[loss])
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "final_logit_softcapping"])
@@ -116,7 +116,7 @@ def test_a_head_of_unknown_arithmetic_falls_back_to_the_models_own_logits() -> N
     plain = random_model("llama")
     odd = Odd(plain.config)
     odd.load_state_dict(plain.state_dict())
-    compare(odd.train(), LOSSES["plain"])
+    assert_same_loss(odd.train(), LOSSES["plain"])
     assert not head.in_chunks(odd)
     said = [
         dict(
@@ -154,14 +154,14 @@ def test_against_cross_entropy_of_own_logits_under_peft(kind: str, tied: bool) -
     model = PEFT[kind](random_model("llama", tie_word_embeddings=tied))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained
-    compare(model, LOSSES["z"])
+    assert_same_loss(model, LOSSES["z"])
 
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_against_cross_entropy_of_own_logits_stored_head(kind: str) -> None:
     model = random_model("llama")
     SixteenBit(kind=kind).apply(model, compute_dtype=torch.float32)  # type: ignore[arg-type]
-    compare(lora(model, target_modules="all-linear"), LOSSES["plain"])
+    assert_same_loss(lora(model, target_modules="all-linear"), LOSSES["plain"])
 
 
 def test_a_loss_of_a_plugin_sees_all_logits_of_its_positions() -> None:

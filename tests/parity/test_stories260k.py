@@ -35,7 +35,7 @@ def last_logits(model: Any, prompts: list[dict[str, Any]]) -> list[torch.Tensor]
         return [model(torch.tensor([p["prompt_ids"]])).logits[0, -1] for p in prompts]
 
 
-def check(found: list[torch.Tensor], prompts: list[dict[str, Any]]) -> None:
+def assert_logits(found: list[torch.Tensor], prompts: list[dict[str, Any]]) -> None:
     for logits, prompt in zip(found, prompts, strict=True):
         expected = torch.tensor(prompt["last_logits_first8"])
         assert (logits[:8] - expected).abs().max() < ABSOLUTE
@@ -44,7 +44,7 @@ def check(found: list[torch.Tensor], prompts: list[dict[str, Any]]) -> None:
 
 def test_against_numpy_forward_last_logits(loaded: tuple[Any, dict[str, Any]]) -> None:
     model, reference = loaded
-    check(last_logits(model, reference["prompts"]), reference["prompts"])
+    assert_logits(last_logits(model, reference["prompts"]), reference["prompts"])
 
 
 def test_against_numpy_forward_all_prompts_in_one_flat_row(loaded: tuple[Any, dict[str, Any]]) -> None:
@@ -64,7 +64,7 @@ def test_against_numpy_forward_all_prompts_in_one_flat_row(loaded: tuple[Any, di
             )
     finally:
         model.set_attn_implementation(standard)
-    check([out.logits[0, end - 1] for end in ends[1:].tolist()], prompts)
+    assert_logits([out.logits[0, end - 1] for end in ends[1:].tolist()], prompts)
 
 
 def test_against_numpy_forward_greedy(loaded: tuple[Any, dict[str, Any]]) -> None:

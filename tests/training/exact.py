@@ -35,7 +35,7 @@ from lmlab.training.options import Sgd, TrainerConfig
 
 STEPS, SEED = 3, 3
 LOSS = CrossEntropy(kind="cross_entropy", label_smoothing=0.0, z_loss=0.0)
-MEASURED = Validation(supervised_bytes=1)
+VALIDATION = Validation(supervised_bytes=1)
 Gradients = dict[str, torch.Tensor]
 
 
@@ -122,7 +122,7 @@ def tiny_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def sft_module(model: Any, *, validation: Validation = MEASURED, loss: CrossEntropy = LOSS) -> SFTModule:
+def sft_module(model: Any, *, validation: Validation = VALIDATION, loss: CrossEntropy = LOSS) -> SFTModule:
     optim = Sgd(
         name="sgd",
         lr=0.5,
@@ -165,7 +165,7 @@ def bring_up(
     flat: bool = True,
     max_steps: int = STEPS,
     precision: str = "fp32",
-    validation: Validation = MEASURED,
+    validation: Validation = VALIDATION,
 ) -> tuple[SFTModule, Any, LMDataModule]:
     """(module, trainer, data) of ``model`` on ``prepared``, as lmlab puts them together; on as many ranks as ``chosen`` says."""
     module = sft_module(model, validation=validation)

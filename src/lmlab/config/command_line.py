@@ -12,8 +12,8 @@ from lmlab.config.shorthand import CONF
 from lmlab.records import UserError
 from lmlab.registry import suggest
 
-NAME_WITH_EQUALS = re.compile(r"[\w./~-][\w./~=+@:-]*")
-"""A value that Hydra's grammar takes in quotes only: the path of a run whose name was made of its settings."""
+PLAIN_VALUE = re.compile(r"[\w./~-][\w./~=+@:-]*")
+"""A path that may be typed as it is; where it has a =, as names made of settings have, Hydra gets it in quotes."""
 
 
 def read_command_line(arguments: Sequence[str]) -> tuple[Any, list[str]]:
@@ -56,7 +56,7 @@ def _checked(text: str) -> str:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         key, _, value = text.partition("=")
-        if "=" in value and NAME_WITH_EQUALS.fullmatch(value):
+        if "=" in value and PLAIN_VALUE.fullmatch(value):
             return _checked(f"{key}='{value}'")
         reason = str(error).splitlines()[0]
         _refuse(without_secrets(f"cannot read '{text}', {reason}"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmlab.config.command_line import PLAIN_VALUE
 from lmlab.config.compose import to_run_config
 from lmlab.config.shorthand import told_config_dir
 from lmlab.journal import check_run_name, slug
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 NOT_FOR_TRAINING = ("tokenizer", LAB, "run_name", "overwrite", "resume")
 """Overrides that the command of a pretraining run leaves out."""
-PLAIN = re.compile(r"[\w./:-]+")
-"""Values that Hydra's grammar takes as they are."""
 SAID_ALONE = ("tokenizer.vocab_size", "tokenizer.pre_tokenizer", "tokenizer")
 """Swept keys whose values tell a reader enough."""
 
@@ -119,7 +117,7 @@ def train_command(overrides: Sequence[str], path: str) -> str:
     kept = [o for o in overrides if o.lstrip("+~").partition("=")[0].split(".")[0] not in NOT_FOR_TRAINING]
     if not any(override.startswith("task=") for override in kept):
         kept.insert(0, "task=pretrain")
-    if not PLAIN.fullmatch(path):  # quotes for Hydra's grammar, besides those for the shell
+    if not PLAIN_VALUE.fullmatch(path):  # quotes for Hydra's grammar, besides those for the shell
         path = "'" + path.replace("'", "\\'") + "'"
     words = [*told_config_dir(sys.argv[1:]), *kept, "tokenizer=file", f"tokenizer.path={path}"]
     return shlex.join(["python", "train.py", *words])

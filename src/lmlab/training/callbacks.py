@@ -248,9 +248,7 @@ class GracefulStop(Callback):
         signal: the one that stopped the run, on every rank, else None.
     """
 
-    def __init__(
-        self, *, save: Callable[[Trainer], None], say: Callable[[str], None] = lambda text: None
-    ) -> None:
+    def __init__(self, *, save: Callable[[Trainer], None], say: Callable[[str], None]) -> None:
         self.signal: int | None = None
         self._say = say
         self._save, self._step, self._caught_at = save, -1, 0.0
